@@ -1,0 +1,78 @@
+"""Checkpoints: writing one so that it is never half there, finding the newest, and making a model of it again.
+
+A checkpoint is one .pt file of plain tensors, numbers and strings: model name, config, weights, optimizer state, phase, step,
+data fingerprint, and the tokenizer as its JSON text, so that the file alone is enough to sample.
+
+    model, tokenizer, checkpoint = load_model(find_checkpoint("out/flow"))
+"""
+
+import errno
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from model import PRESETS, Flow, FlowConfig
+from prepare import InputError
+
+MODELS = {"flow": (Flow, FlowConfig, PRESETS)}  # what --model may be
+PHASES = {1: ("language foundations", 256), 2: ("reasoning and logic", 1024), 3: ("long context", 2048)}  # name, window in tokens
+
+
+def save_checkpoint(path: Path, checkpoint: dict):
+    """Write a checkpoint so that `path` at any moment is the old one or the new one, never a part. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as problem:  # how torch's zip writer reports a write that failed
+                raise OSError(errno.ENOSPC, f"cannot be written ({problem})".splitlines()[0], str(path)) from problem
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """The dict that save_checkpoint wrote, tensors on the CPU. Raises InputError for a file that is not one or is cut short."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist: train a model with `python train.py`, or name another file with --ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if {"model", "config", "weights", "tokenizer", "phase", "step"} <= checkpoint.keys():
+            return checkpoint
+    except Exception as problem:  # the zip reader and the restricted unpickler raise many types; each means the same to a user
+        why = type(problem).__name__
+        raise InputError(f"{path} is cut short or not a checkpoint ({why}): name another, or train again with --fresh") from problem
+    raise InputError(f"{path} is not a checkpoint of this project: name another with --ckpt")
+
+
+def find_checkpoint(ckpt: str | None, model: str | None = None) -> Path:
+    """The checkpoint that --ckpt means: a file, the newest of a run folder, or (None) the newest of the newest run in out/.
+
+    Validation-best copies are taken only when named. With `model`, runs of the other model are passed over.
+    """
+    if ckpt is not None and Path(ckpt).is_file():
+        return Path(ckpt)
+    folders = [Path(ckpt)] if ckpt is not None else sorted(Path("out").glob("*/"))
+    files = [f for folder in folders for f in folder.glob("*.pt") if f.name == "last.pt" or f.stem in {f"phase{n}" for n in PHASES}]
+    for file in sorted(files, key=lambda f: (f.stat().st_mtime_ns, f.name), reverse=True):
+        if ckpt is not None or model is None or load_checkpoint(file)["model"] == model:
+            return file
+    where, kind, option = ckpt or "out/", f"{model} " if model else "", f" --model={model}" if model else ""
+    raise InputError(f"{where} holds no {kind}checkpoint yet: make one with `python train.py{option}`, or name one with --ckpt")
+
+
+def load_model(path: Path, device="cpu", model: str | None = None):
+    """(model in eval mode, Tokenizer, checkpoint) from a checkpoint file. Raises InputError, also when it holds another `model`."""
+    checkpoint = load_checkpoint(path)
+    name = checkpoint["model"]
+    if name not in MODELS or (model is not None and name != model):
+        raise InputError(f"{path} holds a {name} model, not {model or ' or '.join(MODELS)}: leave --model out or name another --ckpt")
+    Model, Config, _ = MODELS[name]
+    network = Model(Config(**checkpoint["config"]))
+    network.load_state_dict(checkpoint["weights"])
+    return network.to(device).eval(), Tokenizer.from_str(checkpoint["tokenizer"]), checkpoint

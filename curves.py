@@ -1,0 +1,71 @@
+"""Draw the training curves of a run, or of several beside each other.
+
+    python curves.py out/flow                                  # out/flow/curves.png, as train.py draws it itself
+    python curves.py out/flow out/pulse --output=both.png
+
+Training and validation loss, bits per byte and learning rate over the tokens seen; the phases are marked.
+"""
+
+import json
+from pathlib import Path
+
+from prepare import ArgumentParser, InputError, run
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl as train.py writes it; a last line that a kill cut short is left out."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def draw(runs: list[Path], picture: Path):
+    """Draw the log.jsonl of each run folder into one picture. Raises InputError when matplotlib is missing or a log is empty."""
+    try:
+        from matplotlib import ticker
+        from matplotlib.figure import Figure
+    except ImportError as problem:
+        raise InputError("curves need matplotlib: pip install matplotlib") from problem
+    logs = {run: read_log(run / "log.jsonl") for run in runs}
+    for folder, lines in logs.items():
+        if not lines:
+            raise InputError(f"{folder}/log.jsonl does not exist or is empty: train with --out={folder} first")
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    loss_axis, bits_axis, lr_axis = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
+    for n, (folder, lines) in enumerate(logs.items()):
+        train, val = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
+        seen, at, color = [x["tokens"] for x in train], [x["tokens"] for x in val], f"C{n}"
+        loss_axis.plot(seen, [x["loss"] for x in train], color=color, lw=0.8, alpha=0.6, label=f"{folder.name}, training")
+        loss_axis.plot(at, [x["val_loss"] for x in val], color=color, marker="o", ms=4, label=f"{folder.name}, validation")
+        bits_axis.plot(at, [x["val_bpb"] for x in val], color=color, marker="o", ms=4)
+        lr_axis.plot(seen, [x["lr"] for x in train], color=color)
+        if val:
+            last = val[-1]["val_bpb"]
+            bits_axis.annotate(f"{last:.3f}", (at[-1], last), xytext=(-4, 6), textcoords="offset points", ha="right")
+        for phase in sorted({x["phase"] for x in lines}):
+            start = max((x["tokens"] for x in lines if x["phase"] < phase), default=0)
+            if n == 0:
+                loss_axis.text(start, 1.01, f" phase {phase}", transform=loss_axis.get_xaxis_transform(), color="gray")
+            for axis in (loss_axis, bits_axis, lr_axis):
+                axis.axvline(start, color="lightgray", lw=1, zorder=0)
+    loss_axis.set_ylabel("loss (nats per token)")
+    loss_axis.legend()
+    bits_axis.set_ylabel("validation bits per byte")
+    lr_axis.set_ylabel("learning rate")
+    lr_axis.set_xlabel("tokens seen")
+    lr_axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    for axis in (loss_axis, bits_axis, lr_axis):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture, dpi=110)
+
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="*", type=Path, default=[Path("out/flow")], help="folders of runs (default: out/flow)")
+    parser.add_argument("--output", type=Path, help="the picture (default: curves.png in the first folder)")
+    args = parser.parse_args(argv)
+    picture = args.output or args.runs[0] / "curves.png"
+    draw(args.runs, picture)
+    print(picture)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,102 @@
+"""Where a process computes: CPU, GPU or Apple's GPU, in which precision, and as one of how many ranks of a torchrun."""
+
+import math
+import os
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from prepare import InputError
+
+# Dense bf16 peak in FLOP/s from the makers' data sheets; other devices are measured with one matrix product at the start.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def choose_device(name: str | None) -> torch.device:
+    """cuda, mps or cpu, the best that is there unless named; under torchrun each process takes the GPU of its local rank."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        why = str(problem).splitlines()[0]
+        raise InputError(f"--device={name} cannot be used here ({why}): leave it out to take what is there") from problem
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are done in hardware here, and so gain anything over fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "mps"
+
+
+class Device:
+    """Where this process computes, in which precision, and how it talks to the other ranks of a torchrun."""
+
+    def __init__(self, name: str | None):
+        self.ranks, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.torch = choose_device(name)
+        self.dtype = torch.bfloat16 if has_bf16(self.torch) else torch.float32
+        if self.torch.type == "cuda":
+            torch.cuda.set_device(self.torch)
+        if self.ranks > 1:
+            dist.init_process_group("nccl" if self.torch.type == "cuda" else "gloo")
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else self.torch.type
+        name += f" ({torch.get_num_threads()} threads)" if self.torch.type == "cpu" else ""
+        precision = "bf16 matrix products over fp32 weights" if self.dtype == torch.bfloat16 else "fp32"
+        return f"{self.ranks} x {name}, {precision}"
+
+    def autocast(self):
+        return torch.autocast(self.torch.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+
+    def put(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets [B, T] of windows [B, T + 1]."""
+        tensor = torch.from_numpy(rows)
+        tensor = tensor.pin_memory().to(self.torch, non_blocking=True) if self.torch.type == "cuda" else tensor.to(self.torch)
+        return tensor[:, :-1].contiguous(), tensor[:, 1:].contiguous()
+
+    def wait(self):
+        """Until everything asked of the device is done, for honest times."""
+        if self.torch.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.torch.type == "mps":
+            torch.mps.synchronize()
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        """Each number summed over the ranks."""
+        if self.ranks == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.torch)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def barrier(self):
+        if self.ranks > 1:
+            dist.barrier()
+
+    def peak_flops(self) -> tuple[float, str]:
+        """(FLOP/s of dense matrix products that MFU is measured against, where the figure comes from)"""
+        if self.torch.type == "cuda" and self.dtype == torch.bfloat16:
+            for name, peak in PEAK_FLOPS.items():
+                if name in torch.cuda.get_device_name(self.torch):
+                    return peak, "data sheet"
+        a, best = torch.randn(2048, 2048, device=self.torch).to(self.dtype), math.inf
+        for _ in range(8):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            best = min(best, time.perf_counter() - start)
+        return 2 * 2048**3 / best, "measured"

@@ -1,0 +1,500 @@
+"""Flow: a transformer language model, the whole of it in one file.
+
+Flow is Qwen3 (arXiv:2505.09388) with Gemma's mix of local and global layers (arXiv:2503.19786): pre-RMSNorm, grouped-query
+attention with QK-norm and RoPE, a sliding window in most layers, SwiGLU, tied embeddings, no biases. A Qwen3 folder from
+Hugging Face loads into it unchanged (`Flow.from_pretrained`).
+
+    python train.py                     # trains the nano preset of this file
+    python model.py                     # prints the presets: parameters and FLOPs per token
+
+B batch, T new tokens, S keys seen, C = d_model, H query heads, K key/value heads, D = head_dim, V vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The sizes of a Flow. Raises ValueError when they cannot belong together."""
+
+    vocab_size: int = 1024
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 2
+    d_model: int = 128
+    head_dim: int = 32
+    d_ff: int = 352
+    window: int = 128  # a sliding layer sees this many tokens, the current one included
+    global_every: int = 4  # layer i sees everything when (i + 1) % global_every == 0
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    max_seq_len: int = 2048  # the longest sequence it is meant for; a longer one is not refused
+    tie_embeddings: bool = True
+    global_layers: tuple[int, ...] | None = None  # when given: exactly these layers see everything (imported models)
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}, the key heads they share")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd: RoPE rotates pairs, choose an even one")
+        if self.global_layers is not None:
+            object.__setattr__(self, "global_layers", tuple(self.global_layers))  # a list when it comes out of a checkpoint
+
+    def is_global(self, layer: int) -> bool:
+        """Whether this layer sees the whole past; else it sees the last `window` tokens."""
+        if self.global_layers is not None:
+            return layer in self.global_layers
+        return (layer + 1) % self.global_every == 0
+
+    def num_params(self) -> int:
+        """The number of parameters, tied embeddings counted once."""
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        layer = self.d_model * (2 * q + 2 * kv + 3 * self.d_ff) + 2 * self.head_dim + 2 * self.d_model
+        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return embeddings + self.n_layer * layer + self.d_model
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of one training step (forward and backward) per token of a `seq_len`-token sequence.
+
+        6 per weight of a matrix product (2 forward, 4 backward; the head counts, the embedding lookup does not), and
+        12 * n_head * head_dim per key that is really looked at: causal attention sees (T + 1) / 2 keys on average, a
+        sliding layer fewer. nanoGPT and PaLM count T keys, which flatters the utilisation; this does not.
+        """
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        matrices = self.n_layer * self.d_model * (2 * q + 2 * kv + 3 * self.d_ff) + self.vocab_size * self.d_model
+        w = min(self.window, seq_len)
+        keys_global = (seq_len + 1) / 2
+        keys_sliding = w - w * (w - 1) / (2 * seq_len)  # the mean over positions i of min(i + 1, w)
+        n_global = sum(self.is_global(i) for i in range(self.n_layer))
+        return 6 * matrices + 12 * q * (n_global * keys_global + (self.n_layer - n_global) * keys_sliding)
+
+
+PRESETS: dict[str, FlowConfig] = {
+    "nano": FlowConfig(),
+    "small": FlowConfig(n_layer=9, d_model=512, n_head=8, n_kv_head=4, head_dim=64, d_ff=1344, window=256, global_every=6),
+    "base": FlowConfig(
+        vocab_size=32_768, n_layer=12, d_model=768, n_head=12, n_kv_head=4, head_dim=64, d_ff=2048, window=512, global_every=6
+    ),
+    "1b": FlowConfig(
+        vocab_size=32_768, n_layer=18, d_model=2048, n_head=16, n_kv_head=8, head_dim=128, d_ff=8192, window=128, global_every=6
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- building blocks
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (arXiv:1910.07467), computed in fp32.
+
+    Under autocast the result is already in the half precision of the matrix products that follow: one cast for all of them.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        work = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(work), self.weight.shape, self.weight.to(work), self.eps).to(dtype)
+
+
+def rope_table(start: int, stop: int, head_dim: int, theta: float, device) -> tuple[Tensor, Tensor]:
+    """cos and sin [stop - start, head_dim / 2] of the rotary embedding (arXiv:2104.09864), in fp32: bf16 cannot count to 2,048."""
+    inv_freq = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(start, stop, device=device, dtype=torch.float32)[:, None] * inv_freq
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE with the half-split pairing of Llama and Qwen: (x_i, x_{i + D/2}) turn by the angle of their position.  x [B, T, H, D]"""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # [T, 1, D/2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v with shared key heads.  q [B, H, T, D], k and v [B, K, S, D], mask bool [T, S], True = may look."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    # On a CPU three plain operations train 1.5 to 2 times as fast as the fused kernel, whose bf16 backward is slow.
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    scores = (q * D**-0.5).reshape(B, K, H // K * T, D) @ k.mT  # the query heads of one key head stacked: [B, K, H/K * T, S]
+    if mask is not None:
+        bias = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        scores = scores.view(B, K, H // K, T, S) + bias
+    return (scores.softmax(-1).view(B, K, H // K * T, S) @ v).view(B, H, T, D)
+
+
+def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """The mask [T, S] of queries and keys at these positions: no look ahead, and not further back than the window."""
+    distance = queries[:, None] - keys
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk: int = 128) -> Tensor:
+    """Attention of a whole sequence to itself, in time T * window in a sliding layer.  q [B, H, T, D], k and v [B, K, T, D]"""
+    B, H, T, D = q.shape
+    if window is not None and T > 2 * window:
+        # Cut into blocks of one window: a block's queries look at their own block and the one before, as B * n sequences.
+        n, pos = -(-T // window), torch.arange(window, device=q.device)
+        blocks = F.pad(q, (0, 0, 0, n * window - T)).view(B, H, n, window, D).transpose(1, 2)  # [B, n, H, W, D]
+        pairs = [F.pad(x, (0, 0, window, n * window - T)).unfold(2, 2 * window, window) for x in (k, v)]  # [B, K, n, D, 2W]
+        pairs = [x.permute(0, 2, 1, 4, 3) for x in pairs]  # [B, n, K, 2W, D]
+        mask = band(pos + window, torch.arange(2 * window, device=q.device), window)
+        first = attend(blocks[:, 0], pairs[0][:, 0, :, window:], pairs[1][:, 0, :, window:], mask[:, window:])  # none before it
+        rest = attend(blocks[:, 1:].flatten(0, 1), pairs[0][:, 1:].flatten(0, 1), pairs[1][:, 1:].flatten(0, 1), mask)
+        out = torch.cat([first[:, None], rest.view(B, n - 1, H, window, D)], dim=1)
+        return out.transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
+    if window is not None and T <= window:
+        window = None
+    if q.device.type != "cpu" and window is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if q.device.type != "cpu":
+        chunk = T
+    out, pos = [], torch.arange(T, device=q.device)
+    for i in range(0, T, chunk):  # queries i to j look at keys lo to j: neither the future nor a lost past is computed
+        j, lo = min(i + chunk, T), 0 if window is None else max(0, i - window + 1)
+        out.append(attend(q[:, :, i:j], k[:, :, lo:j], v[:, :, lo:j], band(pos[i:j], pos[lo:j], window)))
+    return torch.cat(out, dim=2)
+
+
+class KVCache:
+    """What Flow remembers between calls: the keys and values of every layer, and how many tokens it has seen (`pos`).
+
+    A global layer keeps `max_len` tokens, a sliding one only the last `window`: token p lies in slot p % window.
+    """
+
+    def __init__(self, config: FlowConfig, batch_size: int, max_len: int, device, dtype):
+        self.config, self.pos, self.batch_size, self.max_len = config, 0, batch_size, max_len
+        sizes = [max_len if config.is_global(i) else min(config.window, max_len) for i in range(config.n_layer)]
+        self.k, self.v = (
+            [torch.zeros(batch_size, config.n_kv_head, size, config.head_dim, device=device, dtype=dtype) for size in sizes]
+            for _ in range(2)
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the T new keys and values of a layer and let their queries look back.  q [B, H, T, D], k and v [B, K, T, D]"""
+        cache_k, cache_v, pos, T = self.k[layer], self.v[layer], self.pos, k.size(2)
+        k, v = k.to(cache_k.dtype), v.to(cache_v.dtype)
+        window = None if self.config.is_global(layer) else self.config.window
+        size = cache_k.size(2)
+        new = torch.arange(pos, pos + T, device=q.device)
+        if T == 1:  # one token: its slot, no mask; the order of the slots does not matter, positions are in the keys
+            cache_k[:, :, pos % size], cache_v[:, :, pos % size] = k[:, :, 0], v[:, :, 0]
+            n = min(pos + 1, size)
+            return attend(q, cache_k[:, :, :n], cache_v[:, :, :n], None)
+        past = new.new_empty(0) if pos == 0 else torch.arange(max(0, pos - size), pos, device=q.device)
+        keys, values = (torch.cat([c[:, :, past % size], x], dim=2) for c, x in ((cache_k, k), (cache_v, v)))
+        kept = new[-size:]
+        cache_k[:, :, kept % size], cache_v[:, :, kept % size] = k[:, :, -size:], v[:, :, -size:]
+        if pos == 0:
+            return causal_attention(q, k, v, window)
+        return attend(q, keys, values, band(new, torch.cat([past, new]), window))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: FlowConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.window = None if config.is_global(layer) else config.window
+        q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, q, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv, bias=False)
+        self.o_proj = nn.Linear(q, config.d_model, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)  # QK-norm keeps the attention logits bounded (arXiv:2302.05442)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, H or K, D]
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
+        y = causal_attention(q, k, v, self.window) if cache is None else cache.attend(self.layer, q, k, v)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer of arXiv:2002.05202."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: FlowConfig, layer: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softmax(x Wᵀ) without ever holding the logits of all positions.
+
+    The gradient of a chunk of rows is known as soon as its logits are, so it is taken at once and the logits are dropped:
+    no recomputation, memory rows * V instead of B * T * V. (torch 2.13's F.linear_cross_entropy does the same but sums the
+    loss in bf16: off by 0.06 to 0.38 nats at V = 32,768.)
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """x [N, C] and weight [V, C] of one dtype, targets [N] with -1 = ignored -> the mean in nats, fp32."""
+        n_targets = (targets >= 0).sum().clamp(min=1)
+        losses, grad_x = [], torch.empty_like(x)
+        grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        rows = max(1, 2**23 // weight.size(0))
+        for xc, tc, gc in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
+            kept, index = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
+            log_p = (xc @ weight.T).to(grad_w.dtype).log_softmax(-1)
+            losses.append(-(log_p.gather(1, index) * kept).sum())
+            if any(ctx.needs_input_grad):
+                p = log_p.exp_()
+                p.scatter_add_(1, index, torch.full_like(log_p[:, :1], -1.0))  # d loss / d logits = softmax - one-hot
+                p = p.mul_(kept / n_targets).to(x.dtype)
+                torch.mm(p, weight, out=gc)
+                grad_w += p.T @ xc
+        ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
+        return torch.stack(losses).sum() / n_targets
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, grad_w * grad, None
+
+
+# ------------------------------------------------------------------------------------------------------------------- Flow
+
+
+class Flow(nn.Module):
+    """The transformer. `checkpointing = True` recomputes each block in the backward pass instead of keeping its activations."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.config, self.checkpointing = config, False
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.token_embedding.weight
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # what writes into the residual stream starts smaller, so that depth does not blow it up (GPT-2)
+                deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if deep else 0.02)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, state: KVCache | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """idx [B, T] int64 -> (logits, loss).
+
+        With `targets` [B, T] (-1 = ignored): (None, mean cross-entropy in nats). Without: logits [B, T, V], or those of the
+        last position [B, 1, V] when a `state` is given, which then has seen these T tokens too. Raises ValueError when the
+        state was made for another batch size or is full.
+        """
+        B, T = idx.shape
+        start = 0
+        if state is not None:
+            start = state.pos
+            if state.batch_size != B:
+                raise ValueError(f"the state holds {state.batch_size} sequences, the input {B}: make one with init_state({B}, ...)")
+            if start + T > state.max_len:
+                raise ValueError(f"{start} + {T} tokens do not fit a state of {state.max_len}: make one with a larger max_len")
+        rope = rope_table(start, start + T, self.config.head_dim, self.config.rope_theta, idx.device)
+        x = self.token_embedding(idx)
+        for block in self.layers:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, state)
+        if state is not None:
+            state.pos += T
+            x = x[:, -1:]
+        x = self.norm(x)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight.to(x.dtype), targets.flatten())
+
+    def init_state(self, batch_size: int, max_len: int) -> KVCache:
+        """An empty cache for `batch_size` sequences of at most `max_len` tokens, in the dtype and on the device of the weights."""
+        weight = self.token_embedding.weight
+        return KVCache(self.config, batch_size, max_len, weight.device, weight.dtype)
+
+    def muon_params(self) -> list[nn.Parameter]:
+        """The hidden matrices, for Muon; all others (embedding, head, norms) are AdamW's."""
+        return [p for p in self.layers.parameters() if p.ndim == 2]
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> "Flow":
+        """A Flow with the weights of a Qwen3-type Hugging Face folder (config.json and safetensors, sharded or not).
+
+        Raises FileNotFoundError when a file is missing, ValueError when the folder holds another architecture.
+        """
+        from safetensors import safe_open
+
+        path = Path(path)
+        hf = json.loads((path / "config.json").read_text())
+        config = config_from_hf(hf, str(path))
+        index = path / "model.safetensors.index.json"
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        weights = {}
+        for shard in shards:
+            if not (path / shard).exists():
+                raise FileNotFoundError(f"{path / shard} is missing: download the folder again")
+            with safe_open(path / shard, framework="pt") as file:
+                weights.update((name, file.get_tensor(name).to(dtype)) for name in file.keys())
+        with torch.device("meta"):  # sizes without memory; the loaded tensors become the parameters
+            model = cls(config)
+        names = {hf_name(name): name for name in model.state_dict()}
+        if config.tie_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        if weights.keys() != names.keys():
+            strange = sorted(weights.keys() ^ names.keys())
+            raise ValueError(f"{path} holds other weights than a {config.n_layer}-layer Qwen3: {', '.join(strange[:4])}")
+        model.load_state_dict({names[name]: w for name, w in weights.items()}, assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.token_embedding.weight
+        return model
+
+
+# ------------------------------------------------------------------------------------------------------------- generation
+
+
+def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """logits [B, V] -> token ids [B]: greedy at temperature 0, else drawn from the top_k / top_p part of the distribution."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:  # nucleus sampling (arXiv:1904.09751): the fewest tokens whose probabilities reach top_p
+        ranked, order = probs.sort(descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter_(1, order, ranked)
+    return torch.multinomial(probs, 1)[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    idx: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] = (),
+) -> Iterator[Tensor]:
+    """Continue prompts; yields one [B] tensor of token ids per step, the same for Flow and Pulse.
+
+    `idx` is [B, T], or B lists of unequal length. Unequal prompts need no padding: the model reads as many tokens as the
+    shortest has, then the longer ones go on being read token by token while the others already answer, so that every row
+    gets exactly what it would get alone. A row yields -1 while its prompt is read and after one of `stop_ids`.
+    """
+    prompts = [list(map(int, row)) for row in idx]
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and each at least one token")
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    table = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    state = model.init_state(len(prompts), longest + max_new_tokens)
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    tokens = table[:, :shortest]
+    for t in range(shortest, longest + max_new_tokens):
+        logits, _ = model(tokens, state=state)
+        new = sample_token(logits[:, -1], temperature, top_k, top_p)
+        reading = t < lengths
+        silent = reading | done | (t >= lengths + max_new_tokens)
+        yield torch.where(silent, -1, new)
+        done |= ~reading & torch.isin(new, stops)
+        if bool((done | (t + 1 >= lengths + max_new_tokens)).all()):
+            return
+        tokens = torch.where(reading, table[:, min(t, longest - 1)], new)[:, None]
+
+
+# ----------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+def hf_name(name: str) -> str:
+    """The name of one of Flow's weights in a Qwen3ForCausalLM."""
+    for ours, theirs in (
+        ("token_embedding.", "model.embed_tokens."),
+        ("layers.", "model.layers."),
+        (".attn_norm.", ".input_layernorm."),
+        (".mlp_norm.", ".post_attention_layernorm."),
+        (".attn.", ".self_attn."),
+    ):
+        name = name.replace(ours, theirs)
+    return f"model.{name}" if name == "norm.weight" else name
+
+
+def config_from_hf(hf: dict, source: str) -> FlowConfig:
+    """A FlowConfig from the config.json of a Qwen3 model, old notation or new. Raises ValueError for what Flow cannot do."""
+    if hf.get("model_type") != "qwen3":
+        raise ValueError(f"{source} is a {hf.get('model_type')!r} model, Flow reads model_type 'qwen3' only")
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    if scaled or hf.get("attention_bias") or hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{source} uses scaled RoPE, attention biases or another activation than SiLU, which Flow does not have")
+    n_layer = hf["num_hidden_layers"]
+    types = hf.get("layer_types")
+    if types is None:  # before layer_types: the layers from max_window_layers on slide, when sliding is switched on at all
+        slide_from = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") and hf.get("sliding_window") else n_layer
+        types = ["full_attention" if i < slide_from else "sliding_attention" for i in range(n_layer)]
+    global_layers = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+    if set(types) - {"full_attention", "sliding_attention"} or len(types) != n_layer:
+        kinds = "full_attention and sliding_attention"
+        raise ValueError(f"{source} has layer_types {sorted(set(types))} for {n_layer} layers, Flow knows {kinds}")
+    # The usual pattern keeps its short name, so that export and import give the same config.
+    every = global_layers[0] + 1 if global_layers else n_layer + 1
+    regular = global_layers == tuple(i for i in range(n_layer) if (i + 1) % every == 0)
+    return FlowConfig(
+        vocab_size=hf["vocab_size"],
+        n_layer=n_layer,
+        n_head=hf["num_attention_heads"],
+        n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        d_model=hf["hidden_size"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        d_ff=hf["intermediate_size"],
+        window=hf.get("sliding_window") or hf["max_position_embeddings"],
+        global_every=every,
+        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)),
+        norm_eps=hf["rms_norm_eps"],
+        max_seq_len=hf["max_position_embeddings"],
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        global_layers=None if regular else global_layers,
+    )
+
+
+if __name__ == "__main__":
+    for preset, config in PRESETS.items():
+        flops = "  ".join(f"{config.flops_per_token(T) / 1e6:,.1f}M at {T}" for T in (256, 1024, 2048))
+        print(f"{preset:6s} {config.num_params():>13,} parameters   training FLOPs per token: {flops}")

@@ -1,0 +1,507 @@
+"""Raw text -> cleaned documents -> byte-level BPE tokenizer -> token shards for the three phases of train.py.
+
+    python prepare.py                        # the built-in corpus, to data/builtin
+    python prepare.py mybook.txt             # your own text, to data/mybook
+    python prepare.py texts/ --phase2 math.jsonl builtin --vocab_size=8192 --out=data/mine
+    python prepare.py hf://datasets/roneneldan/TinyStories/TinyStories-train.txt --vocab_size=4096
+
+Two CPU cores do about 3 MB/s, nearly all of it tokenisation. Memory stays below 1 GB however large the input, because the
+cleaned documents wait on disk beside --out (their size and 200 bytes each) while clean.py searches them for copies. data/<name>/
+then holds tokenizer.json, phase{1,2,3}_{train,val}_*.bin and meta.json. It is built in a hidden folder beside its final
+place and renamed at the very end, so an interrupted run changes nothing.
+"""
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+import clean
+import corpus
+from clean import EXACT_COPY, FATES, KEPT, NEAR_COPY, SPECIAL, SPECIAL_TOKENS, Splits, Spool, assign_splits, clean_chunk, render_chat
+from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, InputError, Source, data_folder, read_source, source_files
+
+__all__ = ["SPECIAL_TOKENS", "InputError", "render_chat"]  # also part of what other files import from here
+WINDOWS = {1: 256, 2: 1024, 3: 2048}  # tokens train.py reads at a time, per phase
+SEGMENT, BATCH = 1 << 14, 1 << 20  # characters encoded as one string, and handed to the tokenizer's threads at a time
+MAGIC, VERSION, HEADER = 20260208, 1, 256
+
+# Qwen2's pre-tokenizer: contractions, words with the sign before them, single digits (so that numbers are spelled the same
+# way at every length), symbols, line ends, spaces.
+WORD = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# Places where WORD always ends a match, so that a text may be encoded in parts: a line end, a space between two letters.
+BOUNDARY = re.compile(r"\n(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
+
+
+# ---- errors and options, for all scripts ----
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (python {self.prog} --help lists the options)\n")
+
+
+def run(main: Callable):
+    """main(), with the errors a user can mend as one line on stderr: exit code 2, or 130 after Ctrl-C."""
+    try:
+        main()
+        sys.stdout.flush()  # so that a closed pipe is noticed here
+        return
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted"
+    except InputError as error:
+        code, line = 2, f"error: {error}"
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        code, line = 2, f"error: {error.filename}: {error.strerror}" + ": free some space or write elsewhere" * full
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+# ---- tokenizer ----
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE; ids 0..3 are SPECIAL_TOKENS, then the 256 bytes, so that any text survives the round trip. There are
+    fewer than vocab_size tokens if the texts run out of pairs that occur twice."""
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORD), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL_TOKENS),
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer_json: str) -> int:
+    """The first 4 bytes of the SHA-256 of tokenizer.json's text, as the int32 that a shard's header holds."""
+    return int.from_bytes(hashlib.sha256(tokenizer_json.encode()).digest()[:4], "little", signed=True)
+
+
+def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """(vocab_size,) int32: bytes of text each token stands for, 0 for special tokens; what bits per byte divides by."""
+    table = np.zeros(tokenizer.get_vocab_size(), np.int32)
+    special = tokenizer.get_added_tokens_decoder()
+    for token, number in tokenizer.get_vocab().items():
+        table[number] = 0 if number in special else len(token)  # byte-level BPE writes each byte as one character
+    return table
+
+
+def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of text in which special-token strings are ordinary text."""
+    tokenizer.encode_special_tokens = True
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    finally:
+        tokenizer.encode_special_tokens = False
+
+
+def chat_ids(tokenizer: Tokenizer, messages: list[dict], open_turn: bool = False) -> list[int]:
+    """Token ids of render_chat(messages, open_turn), in which only the markup is special, whatever the contents hold."""
+    start, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
+    ids, newline = [], plain_ids(tokenizer, "\n")
+    for message in messages:
+        ids += [start, *plain_ids(tokenizer, f"{message['role']}\n{message['content']}"), end, *newline]
+    return ids + [start, *plain_ids(tokenizer, "assistant\n")] if open_turn else ids
+
+
+# ---- shards: 256 x int32 header, then uint16 tokens ----
+
+
+def shard_header(n_tokens: int, vocab_size: int, n_bytes: int, n_documents: int, fingerprint: int) -> bytes:
+    """magic, version, tokens, vocab_size, bytes of text (low, high half), documents that end here, tokenizer fingerprint."""
+    header = np.zeros(HEADER, "<i4")
+    header[:4] = MAGIC, VERSION, n_tokens, vocab_size
+    header[4:6] = np.array([n_bytes], "<i8").view("<i4")
+    header[6:8] = n_documents, fingerprint
+    return header.tobytes()
+
+
+def write_shard(path, tokens: np.ndarray, vocab_size: int, n_bytes: int, fingerprint: int, n_documents: int = 0):
+    """One whole shard of (N,) uint16 tokens, written to a temporary file and renamed: it exists complete or not at all."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(shard_header(len(tokens), vocab_size, n_bytes, n_documents, fingerprint))
+        file.write(np.ascontiguousarray(tokens, "<u2").tobytes())
+    temporary.rename(path)
+
+
+def read_shard(path, vocab_size: int | None = None, fingerprint: int | None = None) -> tuple[dict, np.memmap]:
+    """(header as a dict, (N,) uint16 tokens mapped from disk); InputError if the file is missing, foreign, of another
+    version, cut short, or (where given) of another vocab_size or tokenizer fingerprint."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: make it with python prepare.py")
+    size, again = path.stat().st_size, "make the data again with python prepare.py"
+    header = np.fromfile(path, "<i4", HEADER)
+    if size < HEADER * 4 or header[0] != MAGIC:
+        raise InputError(f"{path} is not a token shard of prepare.py: {again}")
+    if header[1] != VERSION:
+        raise InputError(f"{path} has shard version {header[1]}, this code reads version {VERSION}: {again}")
+    names = ("n_tokens", "vocab_size", "n_documents", "fingerprint")
+    fields = dict(zip(names, header[[2, 3, 6, 7]].tolist()), n_bytes=int(header[4:6].copy().view("<i8")[0]))
+    if size != HEADER * 4 + 2 * fields["n_tokens"]:
+        raise InputError(f"{path} holds {size - HEADER * 4} bytes of tokens, its header says {2 * fields['n_tokens']}: {again}")
+    for name, expected in (("vocab_size", vocab_size), ("fingerprint", fingerprint)):
+        if expected is not None and fields[name] != expected:
+            raise InputError(f"{path} was made with another tokenizer ({name} {fields[name]}, expected {expected}): {again}")
+    return fields, np.memmap(path, "<u2", "r", HEADER * 4, (fields["n_tokens"],))
+
+
+def load_meta(folder) -> dict:
+    """meta.json of a data folder: vocab_size, special_tokens, fingerprint, phases[n][split] with documents, bytes, tokens and
+    shards, and what cleaning did. InputError if there is none."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        command = "python prepare.py" if Path(folder) == Path("data/builtin") else f"python prepare.py SOURCE --out={folder}"
+        raise InputError(f"{folder} holds no prepared data: make it with {command}")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict) or "fingerprint" not in meta:
+        raise InputError(f"{path} is not a meta.json of prepare.py: make the data again with --out={folder}")
+    return meta
+
+
+def shard_paths(folder, phase: int, split: str) -> list[Path]:
+    """The shards of a phase (1, 2, 3) and split ("train", "val") in order, as meta.json lists them."""
+    return [Path(folder) / name for name in load_meta(folder)["phases"][str(phase)][split]["shards"]]
+
+
+class ShardWriter:
+    """Streams tokens into <stem>_00000.bin, <stem>_00001.bin, ... of limit tokens each; documents run over shard ends."""
+
+    def __init__(self, folder: Path, stem: str, tokenizer_json: str, limit: int):
+        self.folder, self.stem, self.limit = folder, stem, limit
+        self.fingerprint = tokenizer_fingerprint(tokenizer_json)
+        self.bytes_of = token_bytes(Tokenizer.from_str(tokenizer_json))
+        self.file, self.digest = None, hashlib.sha256()
+        self.total = {"documents": 0, "bytes": 0, "tokens": 0, "shards": []}
+
+    def write(self, tokens: np.ndarray):
+        """(N,) uint16"""
+        while len(tokens):
+            if self.file is None:
+                name = f"{self.stem}_{len(self.total['shards']):05d}.bin"
+                self.total["shards"].append(name)
+                self.file, self.count = (self.folder / name).open("wb"), {"documents": 0, "bytes": 0, "tokens": 0}
+                self.file.write(bytes(HEADER * 4))  # the real header comes last
+            part, tokens = np.split(tokens, [self.limit - self.count["tokens"]])
+            data = part.astype("<u2").tobytes()
+            self.file.write(data)
+            self.digest.update(data)
+            for name, n in (("documents", (part == 0).sum()), ("bytes", self.bytes_of[part].sum()), ("tokens", len(part))):
+                self.count[name] += int(n)
+                self.total[name] += int(n)
+            if self.count["tokens"] == self.limit:
+                self.close()
+
+    def close(self) -> dict:
+        """Complete the shard under way; what has been written in all, as meta.json says it."""
+        if self.file is not None:
+            self.file.seek(0)
+            n = self.count
+            self.file.write(shard_header(n["tokens"], len(self.bytes_of), n["bytes"], n["documents"], self.fingerprint))
+            self.file.close()
+            self.file = None
+        return self.total | {"sha256": self.digest.hexdigest()}
+
+
+# ---- the stages ----
+
+
+def segments(text: str) -> Iterator[str]:
+    """Text in parts that encode separately to the tokens of the whole; a long string would cost 200 bytes per character."""
+    start = 0
+    while len(text) - start > SEGMENT and (match := BOUNDARY.search(text, start + SEGMENT)):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def sample_texts(texts: Iterable[str], n_bytes: int, vocab_size: int) -> Iterator[str]:
+    """What the tokenizer learns from: 2 kB per vocabulary entry, 10 to 50 MB in all, evenly spread over n_bytes of text."""
+    ratio, credit = min(1.0, min(50e6, max(10e6, 2000 * vocab_size)) / n_bytes), 0.0
+    for text in texts:
+        credit += ratio * len(text)
+        if credit > 0:
+            text = text[: max(SEGMENT, int(credit))] if ratio < 1 else text
+            credit -= len(text)
+            yield from segments(SPECIAL.sub("\n", text))  # chat markup is not for merging
+
+
+def encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """(N,) uint16 tokens of about BATCH characters of texts at a time, each text followed by <|endoftext|>."""
+    lists = (list(segments(text)) for text in texts)
+    parts = ((part, i == len(whole)) for whole in lists for i, part in enumerate(whole, 1))  # (text, does a document end here)
+    with ThreadPoolExecutor(1) as thread:  # one batch is encoded while the one before is turned into an array
+        running = None
+        while True:
+            batch, size = [], 0
+            while size < BATCH and (part := next(parts, None)):
+                batch.append(part)
+                size += len(part[0])
+            job = thread.submit(tokenizer.encode_batch_fast, [text for text, _ in batch], add_special_tokens=False)
+            if running:
+                previous, encodings = running[0], running[1].result()
+                yield np.concatenate([np.array(e.ids + [0] * end, np.uint16) for e, (_, end) in zip(encodings, previous)])
+            if not batch:
+                return
+            running = batch, job
+
+
+# ---- where the result goes ----
+
+OURS = re.compile(r"tokenizer\.json|meta\.json|phase[123]_(train|val)_\d{5}\.bin|problems_(train|val|test)\.jsonl")
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """An empty folder beside out to build in, which becomes out if all goes well; what a killed run left is tidied up first."""
+    if out.name in ("", ".."):
+        raise InputError(f"--out={out} names no folder of its own: expected one such as data/mine")
+    if out.exists():
+        foreign = [p.name for p in sorted(out.iterdir()) if not OURS.fullmatch(p.name)] if out.is_dir() else [out.name]
+        if foreign:
+            raise InputError(f"{out} holds {foreign[0]}, which prepare.py did not make: choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock, old, new = (out.parent / f".{out.name}.{kind}" for kind in ("lock", "old", "new"))
+
+    def tidy():
+        if old.exists() and not out.exists():  # stopped between the two renames below
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+
+    with lock.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and worker processes do not inherit it
+            if not os.fstat(file.fileno()).st_nlink:  # removed by the run that held it, just now
+                raise BlockingIOError
+        except BlockingIOError:
+            raise InputError(f"{out} is being written by another prepare.py: wait for it or choose another --out") from None
+        try:
+            tidy()
+            new.mkdir()
+            yield new
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+        except OSError as error:
+            error.filename = error.filename or str(new)  # a failed write does not say where
+            raise
+        finally:
+            tidy()
+            lock.unlink()
+
+
+# ---- the main job ----
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(prog="prepare.py", description=__doc__)
+    parser.add_argument("source", nargs="*", help="text of every phase that has no sources of its own (default: builtin): "
+                        f"{' '.join(FILE_TYPES)}, folders, hf:// addresses, or builtin for the built-in corpus")
+    for phase in WINDOWS:
+        parser.add_argument(f"--phase{phase}", nargs="+", metavar="SOURCE", help=f"sources of phase {phase}")
+    parser.add_argument("--val", nargs="+", metavar="SOURCE", help="validation text of all phases (default: split off the sources)")
+    parser.add_argument("--field", help="field of .jsonl and .parquet that holds the text (default: text, content, question + answer)")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="260 to 65536 (default 1024)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: data/<name of the first source>)")
+    parser.add_argument("--val_fraction", type=float, default=0.02, help="share of the documents kept for validation (default 0.02); "
+                        "if that is less than one document, the last tenth of the text is")
+    parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens per shard (default 100 million)")
+    args = parser.parse_args(argv)
+    for name, low, high in (("vocab_size", 260, 65536), ("val_fraction", 0.0001, 0.5), ("shard_tokens", 1024, 2**31 - 1)):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name}={getattr(args, name)} is out of range: expected {low} to {high}")
+    if "builtin" in (args.val or []):
+        raise InputError("--val=builtin: the built-in corpus brings its own validation text: leave --val out")
+    return args
+
+
+def speed(n_bytes: int, start: float) -> str:
+    seconds = time.perf_counter() - start
+    return f"{n_bytes / 1e6:.2f} MB in {seconds:.1f} s ({n_bytes / 1e6 / seconds:.1f} MB/s)"
+
+
+def clean_sources(spool: Spool, sources: list, files: dict, field: str | None) -> dict:
+    """Read and clean sources [(source, label)] into spool: (source, label) -> ((first, end) of its documents, tally, specials)."""
+    start, result = time.perf_counter(), {}
+    with tqdm(desc="cleaning", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for source, label in sources:
+            first, tally, specials = spool.n, np.zeros((len(FATES), 2), np.int64), 0
+            documents = read_source(source, files.get(source), label, field)
+            for cleaned in clean.ordered_map(clean_chunk, clean.chunks(documents), clean.WORKERS):
+                spool.add(cleaned)
+                tally, specials = tally + cleaned.tally, specials + cleaned.specials
+                bar.update(int(cleaned.tally[:, 1].sum()))
+            result[source, label] = ((first, spool.n), tally, specials)
+    print(f"read and cleaned {speed(sum(tally[:, 1].sum() for _, tally, _ in result.values()), start)}")
+    return result
+
+
+def cleaning_table(spool: Spool, splits: Splits, result: dict) -> list[dict]:
+    """Print what became of the documents of each source; a row per source, as meta.json keeps it."""
+    used, table = np.logical_or.reduce([parts > 0 for parts in splits.parts.values()]), []
+    for (source, label), ((start, stop), tally, specials) in result.items():
+        for first, rows in spool.rows(start, stop):
+            block = slice(first, first + len(rows))
+            for fate, dropped in ((EXACT_COPY, splits.exact[block]), (NEAR_COPY, ~splits.exact[block])):
+                dropped = dropped & ~used[block]
+                moved = np.array([dropped.sum(), rows["n_bytes"][dropped].sum(dtype=np.int64)])
+                tally[fate] += moved
+                tally[KEPT] -= moved
+        name = source.name + (f" (phase {source.phase})" if source.phase else "") + (" (validation)" if label == VAL else "")
+        counts = {"documents": tally[:, 0].sum(), "bytes": tally[:, 1].sum(), **dict(zip(FATES, tally[:, 0])), "kept bytes": tally[KEPT, 1]}
+        table.append({"source": name, **{key: int(n) for key, n in counts.items()}, "special tokens removed": specials})
+    headings = ("documents", "MB", *FATES, "kept MB")
+    print(f"\n{'source':32}" + "".join(f"{heading:>11}" for heading in headings))
+    for row in table:
+        values = (row["documents"], f"{row['bytes'] / 1e6:.2f}", *(row[fate] for fate in FATES), f"{row['kept bytes'] / 1e6:.2f}")
+        print(f"{row['source'][-32:]:32}" + "".join(f"{value:>11}" for value in values))
+    removed = sum(row["special tokens removed"] for row in table)
+    print(f"removed {removed} special-token strings from the text\n" if removed else "")
+    return table
+
+
+def check_phases(splits: Splits, wanted: dict[int, list], table: list[dict], val: list[str] | None):
+    """InputError if a phase lacks training or validation text."""
+    fates = ", ".join(f"{sum(row[fate] for row in table)} {fate}" for fate in FATES)
+    for phase, sources in wanted.items():
+        names = " ".join(dict.fromkeys(source.name for source, label in sources if label != VAL))
+        for split, which in (("train", "training"), ("val", "validation")):
+            if not splits.wanted(phase, split).any():
+                remedy = f"all of it is also validation text (--val={' '.join(val)})" if val and split == "train" else "give more text"
+                raise InputError(f"phase {phase}: {names} leaves no {which} text ({fates}): {remedy}")
+
+
+def make_tokenizer(spool: Spool, splits: Splits, vocab_size: int) -> Tokenizer:
+    """Train the tokenizer on a sample of the training text of all phases."""
+    start = time.perf_counter()
+    train = np.logical_or.reduce([splits.wanted(phase, "train") for phase in splits.parts])
+    n_bytes = sum(int(rows["n_bytes"][train[first : first + len(rows)]].sum(dtype=np.int64)) for first, rows in spool.rows(0, spool.n))
+    texts = (splits.text(doc, text, "train") for doc, text in spool.texts(train))
+    tokenizer = train_tokenizer(sample_texts(texts, n_bytes, vocab_size), vocab_size)
+    size = tokenizer.get_vocab_size()
+    fewer = "" if size == vocab_size else f", not {vocab_size}: no other pair occurs twice in the text"
+    print(f"tokenizer trained in {time.perf_counter() - start:.1f} s: {size} tokens{fewer}")
+    return tokenizer
+
+
+def write_splits(spool: Spool, splits: Splits, tokenizer_json: str, folder: Path, limit: int) -> dict:
+    """Write the shards of all phases: phase -> split -> documents, bytes, tokens, shards, sha256 of the tokens."""
+    tokenizer, phases, n_bytes, start = Tokenizer.from_str(tokenizer_json), {}, 0, time.perf_counter()
+    for phase in splits.parts:
+        phases[str(phase)] = {}
+        for split in ("train", "val"):
+            chosen = splits.wanted(phase, split)
+            twin = next((p for p in range(1, phase) if np.array_equal(splits.wanted(p, split), chosen)), None)
+            if twin:  # the same text: the same shards under another name
+                total = dict(phases[str(twin)][split])
+                total["shards"] = [name.replace(f"phase{twin}", f"phase{phase}") for name in total["shards"]]
+                for old, name in zip(phases[str(twin)][split]["shards"], total["shards"]):
+                    try:
+                        os.link(folder / old, folder / name)
+                    except OSError:  # a file system without hard links
+                        shutil.copyfile(folder / old, folder / name)
+            else:
+                writer = ShardWriter(folder, f"phase{phase}_{split}", tokenizer_json, limit)
+                texts = (splits.text(doc, text, split) for doc, text in spool.texts(chosen))
+                with tqdm(desc=f"phase {phase} {split}", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                    for tokens in encode(texts, tokenizer):
+                        writer.write(tokens)
+                        bar.update(writer.total["bytes"] - bar.n)
+                        bar.set_postfix_str(f"{writer.total['tokens']:,} tokens")
+                total = writer.close()
+                n_bytes += total["bytes"]
+            phases[str(phase)][split] = total
+    print(f"tokenised {speed(n_bytes, start)}\n")
+    return phases
+
+
+def print_phases(phases: dict):
+    rows = [(phase, split, total) for phase, parts in phases.items() for split, total in parts.items()]
+    print("phase  split   documents        MB      tokens  bytes/token")
+    for phase, split, n in rows:
+        print(f"{phase:5}  {split:5} {n['documents']:11,} {n['bytes'] / 1e6:9.2f} {n['tokens']:11,} {n['bytes'] / n['tokens']:12.3f}")
+    for phase, split, n in rows:
+        if n["tokens"] <= WINDOWS[int(phase)]:
+            print(f"warning: phase {phase} {split} has {n['tokens']} tokens, a window of phase {phase} needs {WINDOWS[int(phase)] + 1}: "
+                  "prepare more text or lower --seq_len in training")
+
+
+def write_problems(folder: Path):
+    """The word problems of the built-in corpus as files of their own: training as in phase 2, for distillation and its test."""
+    for split, count in (("train", corpus.TRAIN_PROBLEMS), ("val", corpus.VAL_PROBLEMS), ("test", corpus.VAL_PROBLEMS)):
+        with open(folder / f"problems_{split}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(problem, ensure_ascii=False) + "\n" for problem in corpus.problems(split, count))
+
+
+def build(args: argparse.Namespace, folder: Path, wanted: dict[int, list], files: dict[Source, list]):
+    """All stages, from the sources each phase wants to a complete data folder."""
+    spool = Spool(folder / "spool")
+    sources = sorted(dict.fromkeys(itertools.chain(*wanted.values())), key=lambda s: s[1] != VAL)  # first comes what is never dropped
+    result = clean_sources(spool, sources, files, args.field)
+    ranges = {phase: [result[source][0] for source in wanted[phase]] for phase in wanted}
+    splits = assign_splits(spool, ranges, args.val_fraction)
+    table = cleaning_table(spool, splits, result)
+    check_phases(splits, wanted, table, args.val)
+    tokenizer = make_tokenizer(spool, splits, args.vocab_size)
+    tokenizer_json = tokenizer.to_str()
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    phases = write_splits(spool, splits, tokenizer_json, folder, args.shard_tokens)
+    spool.close()
+    shutil.rmtree(spool.folder)
+    print_phases(phases)
+    if any(source.name == "builtin" for source, _ in sources):
+        write_problems(folder)
+    contents = [tokenizer_json] + [f"{phase} {split} {total['sha256']}" for phase in phases for split, total in phases[phase].items()]
+    meta = {"vocab_size": tokenizer.get_vocab_size(), "special_tokens": SPECIAL_TOKENS, "phases": phases, "cleaning": table,
+            "sources": {phase: [source.name for source, _ in wanted[phase]] for phase in wanted},
+            "fingerprint": hashlib.sha256("\n".join(contents).encode()).hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None):
+    """Prepare data as the command line (or argv) says; train.py calls main([]) for the default data. Raises InputError."""
+    args = parse(argv)
+    names = {phase: getattr(args, f"phase{phase}") or args.source or ["builtin"] for phase in WINDOWS}
+    label = TRAIN if args.val else UNLABELLED
+    val = [(Source(name), VAL) for name in dict.fromkeys(args.val or [])]
+    wanted = {phase: val + [(Source(name, phase if name == "builtin" else 0), label) for name in dict.fromkeys(names[phase])]
+              for phase in names}
+    files = {source: source_files(source.name) for source, _ in itertools.chain(*wanted.values()) if source.name != "builtin"}
+    out = args.out or data_folder([*args.source, *itertools.chain(*names.values())])
+    with replacing(out) as folder:
+        build(args, folder, wanted, files)
+    print(f"next: python train.py{'' if out == Path('data/builtin') else f' --data={out}'}")
+
+
+if __name__ == "__main__":
+    run(main)

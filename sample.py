@@ -1,0 +1,211 @@
+"""Let a trained model write: continue a text, chat, or answer a file of prompts.
+
+    python sample.py                                             # the newest run, from an empty page
+    python sample.py --prompt="The function returns" --num_samples=3 --temperature=0.7
+    python sample.py --chat                                      # a conversation; Ctrl-D ends it
+    python sample.py --chat --prompts_file=questions.txt --output=answers.jsonl --temperature=0
+
+Text goes to stdout as it is made, everything else to stderr. A checkpoint is all that is needed: the tokenizer is in it.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+import prepare
+from checkpoint import MODELS, find_checkpoint, load_model
+from model import generate
+from prepare import ArgumentParser, InputError
+from train import choose_device
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--ckpt", help="a checkpoint file or the folder of a run (default: the newest in out/)")
+    parser.add_argument("--model", choices=MODELS, help="take the newest run of this model")
+    parser.add_argument("--prompt", help="the text to continue, or with --chat the one question to answer")
+    parser.add_argument("--num_samples", type=int, default=1, help="how many different continuations (default: 1)")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="length of one at most (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token always (default: 0.8)")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that make up this probability")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--chat", action="store_true", help="prompts are questions to an assistant")
+    parser.add_argument("--prompts_file", type=Path, help="answer every line of this file")
+    parser.add_argument("--output", type=Path, help="where the answers to --prompts_file go, as JSON lines")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences at a time with --prompts_file (default: 16)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    args = parser.parse_args(argv)
+    for name in ("num_samples", "max_new_tokens", "top_k", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
+    if args.temperature < 0:
+        raise InputError(f"--temperature={args.temperature} cannot be negative: 0 is greedy, 1 the model's own distribution")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise InputError(f"--top_p={args.top_p} must be above 0 and at most 1")
+    if (args.prompts_file is None) != (args.output is None):
+        raise InputError("--prompts_file and --output go together: one names the questions, the other where the answers go")
+    if args.prompts_file and args.prompt is not None:
+        raise InputError("--prompt and --prompts_file exclude each other: put the prompt into the file")
+    return args
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a text to continue, as the beginning of a new document."""
+    return [tokenizer.token_to_id("<|endoftext|>"), *prepare.plain_ids(tokenizer, text)]
+
+
+def conversation_ids(tokenizer: Tokenizer, messages: Sequence[dict]) -> list[int]:
+    """Tokens of a conversation that the assistant is to go on with, as the beginning of a new document."""
+    return [tokenizer.token_to_id("<|endoftext|>"), *prepare.chat_ids(tokenizer, messages, open_turn=True)]
+
+
+def room(config, n_prompt: int, args) -> int:
+    """How many new tokens fit behind a prompt of this length. Raises InputError when none does."""
+    limit = getattr(config, "max_seq_len", None)  # Pulse has none
+    if limit is None or n_prompt + args.max_new_tokens <= limit:
+        return args.max_new_tokens
+    if n_prompt >= limit:
+        raise InputError(f"the prompt has {n_prompt:,} tokens, the model reads {limit:,} in all: shorten it")
+    print(f"stopping at {limit - n_prompt:,} new tokens: the model reads {limit:,} in all", file=sys.stderr)
+    return limit - n_prompt
+
+
+def stream(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """The text of token ids piece by piece; a character of several bytes comes when its last byte is there."""
+    decoder, seen, written = DecodeStream(skip_special_tokens=True), [], 0
+    for token in ids:
+        seen.append(token)
+        piece = decoder.step(tokenizer, token)
+        if piece:
+            written += len(piece)
+            yield piece
+    rest = tokenizer.decode(seen, skip_special_tokens=True)[written:]  # a character that was never finished
+    if rest:
+        yield rest
+
+
+def write(model, tokenizer: Tokenizer, ids: list[int], args, stop_ids: list[int]) -> str:
+    """Print one continuation as it is made; returns it."""
+    parts, count, start = [], 0, time.perf_counter()
+
+    def tokens():
+        nonlocal count
+        options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_ids=stop_ids)
+        for step in generate(model, [ids], room(model.config, len(ids), args), **options):
+            count += 1
+            yield int(step[0])
+
+    for piece in stream(tokenizer, tokens()):
+        print(piece, end="", flush=True)
+        parts.append(piece)
+    print(flush=True)
+    report(count, time.perf_counter() - start)
+    return "".join(parts)
+
+
+def report(count: int, seconds: float):
+    print(f"[{count:,} tokens, {count / seconds:,.0f} tokens/s]", file=sys.stderr)
+
+
+def batch(model, tokenizer: Tokenizer, prompts: list[list[int]], args, stop_ids: list[int]) -> tuple[list[str], int]:
+    """(the continuation of every prompt, tokens made in all)"""
+    new = room(model.config, max(map(len, prompts)), args)
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_ids=stop_ids)
+    rows = torch.stack(list(generate(model, prompts, new, **options)), dim=1).tolist()
+    rows = [[token for token in row if token >= 0] for row in rows]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows], sum(map(len, rows))
+
+
+def answer_file(model, tokenizer: Tokenizer, encode, args, stop_ids: list[int]):
+    """One JSON line {"prompt", "completion"} per line of the file and sample, written as soon as its batch is done."""
+    from tqdm import tqdm
+
+    if args.output.exists():
+        raise InputError(f"{args.output} exists: remove it or name another --output")
+    try:
+        lines = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as problem:
+        raise InputError(f"{args.prompts_file} is not UTF-8 at byte {problem.start}: convert it first") from problem
+    prompts = [line for line in lines if line for _ in range(args.num_samples)]
+    if not prompts:
+        raise InputError(f"{args.prompts_file} holds no prompts: write one per line")
+    encoded = [encode(prompt) for prompt in prompts]
+    room(model.config, max(map(len, encoded)), args)  # before anything is written
+    count, start = 0, time.perf_counter()
+    with open(args.output, "w", encoding="utf-8") as file, tqdm(total=len(prompts), unit="prompts") as bar:
+        for i in range(0, len(prompts), args.batch_size):
+            texts, made = batch(model, tokenizer, encoded[i : i + args.batch_size], args, stop_ids)
+            for prompt, text in zip(prompts[i:], texts):
+                file.write(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(texts))
+            count += made
+    report(count, time.perf_counter() - start)
+
+
+def chat(model, tokenizer: Tokenizer, args, stop_ids: list[int]):
+    """A conversation on stdin and stdout. The oldest turns are forgotten when it no longer fits what the model reads."""
+    limit, messages = getattr(model.config, "max_seq_len", None), []
+    print("Ask something; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not question:
+            continue
+        messages.append({"role": "user", "content": question})
+        forgotten = 0
+        while limit and len(messages) > 1 and len(conversation_ids(tokenizer, messages)) + args.max_new_tokens > limit:
+            messages, forgotten = messages[2:], forgotten + 1
+        if forgotten:
+            print(f"[the oldest {forgotten} of the turns no longer fit and are forgotten]", file=sys.stderr)
+        try:
+            text = write(model, tokenizer, conversation_ids(tokenizer, messages), args, stop_ids)
+        except InputError as problem:  # a question longer than the model reads: the conversation goes on without it
+            print(f"error: {problem}", file=sys.stderr)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": text})
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    path = find_checkpoint(args.ckpt, args.model)
+    model, tokenizer, checkpoint = load_model(path, device, args.model)
+    if device.type == "cuda":
+        model.bfloat16()
+    print(f"{path}: {checkpoint['model']}, {model.config.num_params():,} parameters, phase {checkpoint['phase']}", file=sys.stderr)
+    torch.manual_seed(args.seed)
+    ends = ("<|endoftext|>", "<|im_end|>") if args.chat else ("<|endoftext|>",)
+    stop_ids = [tokenizer.token_to_id(token) for token in ends]
+
+    def encode(text: str) -> list[int]:
+        return conversation_ids(tokenizer, [{"role": "user", "content": text}]) if args.chat else prompt_ids(tokenizer, text)
+
+    if args.prompts_file:
+        answer_file(model, tokenizer, encode, args, stop_ids)
+    elif args.chat and args.prompt is None:
+        chat(model, tokenizer, args, stop_ids)
+    elif args.num_samples == 1:
+        if not args.chat:
+            print(args.prompt or "", end="")
+        write(model, tokenizer, encode(args.prompt or ""), args, stop_ids)
+    else:
+        start = time.perf_counter()
+        texts, count = batch(model, tokenizer, [encode(args.prompt or "")] * args.num_samples, args, stop_ids)
+        for text in texts:
+            print(("" if args.chat else args.prompt or "") + text, end="\n---\n")
+        report(count, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    prepare.run(main)

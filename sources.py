@@ -1,0 +1,192 @@
+"""Where documents come from: the built-in corpus, text, JSONL and parquet files, folders of them, and the Hugging Face hub.
+
+read_source() yields the documents of any of them one by one; a file is never held in memory whole.
+"""
+
+import codecs
+import contextlib
+import functools
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import corpus
+
+FILE_TYPES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
+TEXT_FIELDS = (("text",), ("content",), ("question", "answer"))
+END_LINE = re.compile(r"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
+PIECE = 1 << 21  # characters; a longer text counts as several documents, cut at paragraph ends
+UNLABELLED, TRAIN, VAL = range(3)  # what a source says about the split of its documents
+
+
+class InputError(Exception):
+    """What the user can mend: one line that names the value, what was expected and the remedy; exit code 2."""
+
+
+class Source(NamedTuple):
+    name: str  # a path, an hf:// address, or "builtin"
+    phase: int = 0  # of the built-in corpus, which has other documents for each phase
+
+
+def hub_filesystem():
+    from huggingface_hub import HfFileSystem  # half a second to import
+
+    return HfFileSystem()  # finds a token where `hf auth login` or HF_TOKEN put it
+
+
+@contextlib.contextmanager
+def hub_errors(name: str):
+    """What goes wrong with the network or the hub as an InputError."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (OSError, HTTPError) as error:
+        raise InputError(f"{name}: {' '.join(str(error).split())}: check the address, the network and hf auth login") from None
+
+
+def source_files(name: str) -> list[tuple[str, Callable[[], BinaryIO]]]:
+    """(name, opener) of the files of a source, sorted; InputError if there is nothing that prepare.py can read."""
+    supported = f"expected {' '.join(FILE_TYPES)}, a folder of them, an hf:// address, or builtin"
+    if name.startswith("hf://"):
+        hub = hub_filesystem()
+        with hub_errors(name):
+            names = [name] if hub.isfile(name) else ["hf://" + found.removeprefix("hf://") for found in sorted(hub.find(name))]
+        sizes = dict.fromkeys(names, 1)
+        openers = {n: functools.partial(hub.open, n, "rb") for n in names}
+    else:
+        path = Path(name)
+        if not path.exists():
+            raise InputError(f"{name} does not exist: {supported}")
+        paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        sizes = {str(p): p.stat().st_size for p in paths}
+        openers = {str(p): functools.partial(open, p, "rb") for p in paths}
+    usable = [n for n in openers if n.lower().endswith(FILE_TYPES)]
+    if not usable:
+        raise InputError(f"{name} {'is' if name in openers else 'holds'} no file that can be read: {supported}")
+    if not any(sizes[n] for n in usable):
+        raise InputError(f"{name} is empty: expected text in it")
+    return [(n, openers[n]) for n in usable]
+
+
+def data_folder(names: list[str]) -> Path:
+    """data/<stem of the first source that is not the built-in corpus>, where its data goes."""
+    name = next((name for name in names if name != "builtin"), "builtin")
+    name = name.rstrip("/").rpartition("/")[2] if name.startswith("hf://") else Path(name).resolve().name
+    for suffix in FILE_TYPES:
+        name = name.removesuffix(suffix)
+    return Path("data") / name
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Text in parts of at most PIECE characters that end at a paragraph, line or word; joined they are the text."""
+    while len(text) > PIECE:
+        ends = (text.rfind(mark, PIECE // 2, PIECE) + len(mark) for mark in ("\n\n", "\n", " "))
+        cut = next((end for end in ends if end > PIECE // 2), PIECE)
+        yield text[:cut]
+        text = text[cut:]
+    yield text
+
+
+def read_text(name: str, file: BinaryIO) -> Iterator[str]:
+    """Documents of a text file: separated by lines of <|endoftext|>, else the whole file; never held whole in memory."""
+    undecoded, rest, offset = b"", "", 0
+    while True:
+        block = file.read(1 << 20)
+        data = undecoded + block
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", not block)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name} is not UTF-8 at byte {offset + error.start}: convert it first, for example with "
+                             f"iconv -f LATIN1 -t UTF-8") from None
+        offset, undecoded, rest = offset + used, data[used:], rest + text
+        lines = rest.rfind("\n") + 1 if block else len(rest)  # a separator counts when its line is complete
+        *whole, tail = END_LINE.split(rest[:lines])
+        for document in whole:
+            yield from pieces(document)
+        *whole, rest = pieces(tail + rest[lines:])
+        yield from whole
+        if not block:
+            if rest:
+                yield rest
+            return
+
+
+def choose_fields(present: Iterable[str], field: str | None, where: str) -> tuple[str, ...]:
+    for names in ((field,),) if field else TEXT_FIELDS:
+        if all(name in present for name in names):
+            return names
+    raise InputError(f"{where}: no field {field or 'text, content or question + answer'}, found {', '.join(map(str, present)) or 'none'}: "
+                     f"name the field that holds the text with --field")
+
+
+def item_of(record: dict, names: tuple[str, ...], where: str) -> str | list[dict]:
+    """A record's document: a text, or a list of one {"question", "answer"}."""
+    values = ["" if record[name] is None else record[name] for name in names]
+    for name, value in zip(names, values):
+        if not isinstance(value, str):
+            raise InputError(f"{where}: field {name} holds {type(value).__name__}, expected a string: name another with --field")
+    return values[0] if len(names) == 1 else [dict(zip(names, values))]
+
+
+def read_jsonl(name: str, file: BinaryIO, field: str | None) -> Iterator[str | list[dict]]:
+    for number, line in enumerate(file, 1):
+        where = f"{name}:{number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: not UTF-8 at byte {error.start} of the line: convert the file first") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: malformed JSON ({error}): expected one object per line") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: holds {type(record).__name__}, expected one JSON object per line")
+        yield item_of(record, choose_fields(record, field, where), where)
+
+
+def read_parquet(name: str, file: BinaryIO, field: str | None) -> Iterator[str | list[dict]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{name}: .parquet files need pyarrow: pip install pyarrow") from None
+    try:
+        table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # else whole row groups wait in memory
+        names = choose_fields(table.schema_arrow.names, field, name)
+        for batch in table.iter_batches(batch_size=256, columns=list(names)):
+            for record in batch.to_pylist():
+                yield item_of(record, names, name)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{name} is not a whole parquet file ({' '.join(str(error).split())[:200]}): download it again") from None
+
+
+def read_source(source: Source, files, label: int, field: str | None) -> Iterator[tuple[int, str | list[dict]]]:
+    """(label, item) of a source's documents: UNLABELLED, or TRAIN or VAL where the split is given. The built-in corpus says
+    it itself; its validation part is left out where other text serves for that (label TRAIN)."""
+    if source.name == "builtin":
+        for split, item in corpus.documents(source.phase):
+            if split == "train" or label == UNLABELLED:
+                yield TRAIN if split == "train" else VAL, item
+        return
+    for name, opener in files:
+        kind = name.lower()
+        try:
+            with hub_errors(name) if name.startswith("hf://") else contextlib.nullcontext(), opener() as file:
+                if kind.endswith((".txt", ".md")):
+                    items = read_text(name, file)
+                elif kind.endswith(".parquet"):
+                    items = read_parquet(name, file, field)
+                else:
+                    items = read_jsonl(name, gzip.GzipFile(fileobj=file) if kind.endswith(".gz") else file, field)
+                for item in items:
+                    yield from ((label, part) for part in (pieces(item) if isinstance(item, str) else (item,)))
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{name} is not a whole gzip file ({error}): download it again") from None
+        except OSError as error:
+            error.filename = error.filename or name  # a failed read does not say where
+            raise

@@ -1,0 +1,603 @@
+"""From raw text to shards: reading, cleaning, copies, splits, tokenizer, shards, and what happens when something goes wrong."""
+
+import gzip
+import itertools
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import clean
+import corpus
+import prepare
+import sources
+
+ROOT = Path(prepare.__file__).parent
+SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu za".split()
+WORDS = ["".join(p) for p in itertools.product(SYLLABLES, repeat=2)]
+
+
+def prose(rng, n_words):
+    """Paragraphs of invented words."""
+    words = rng.choices(WORDS, k=n_words)
+    return "\n\n".join(" ".join(words[i : i + 60]).capitalize() + "." for i in range(0, n_words, 60)) + "\n"
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def script(*args, cwd, prefix=()):
+    command = [sys.executable, *prefix, str(ROOT / "prepare.py"), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def make(*args, out):
+    prepare.main([*map(str, args), f"--out={out}", *([] if "--vocab_size" in str(args) else ["--vocab_size=300"])])
+    return prepare.load_meta(out)
+
+
+def tokens(folder, phase, split):
+    return np.concatenate([prepare.read_shard(path)[1] for path in prepare.shard_paths(folder, phase, split)])
+
+
+def documents(folder, phase, split):
+    """The documents in the shards, as text."""
+    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    ids = tokens(folder, phase, split)
+    assert ids[-1] == 0
+    parts = np.split(ids, np.flatnonzero(ids == 0) + 1)[:-1]
+    return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch, tmp_path):
+    """Without worker processes unless a test asks for them, and in a folder of its own."""
+    monkeypatch.setattr(clean, "WORKERS", 1)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng = random.Random(0)
+    return prepare.train_tokenizer([prose(rng, 2000), "Der Bär fraß 12 Äpfel.\n漢字かな\n"], 400)
+
+
+# ---- tokenizer and chat ----
+
+
+def random_text(rng, n=200):
+    alphabet = ["a", "B", "ß", "é", "e\u0301", "漢", "字", "😀", "ا", "ᄒ", "0", "7", "²", "½", " ", "  ", "\n", "\n\n", "\t", "\r\n",
+                "\u3000", "'s", "'LL", "<|", "|>", ".", "--", "_", "\x00", "\x7f", "\ufffd", "<|im_end|>"]
+    return "".join(rng.choices(alphabet, k=n))
+
+
+def test_tokenizer_round_trip(tokenizer):
+    rng = random.Random(1)
+    for _ in range(200):
+        raw = bytes(rng.randrange(256) for _ in range(60)).decode(errors="replace")
+        for text in (raw, random_text(rng)):
+            ids = prepare.plain_ids(tokenizer, text)
+            assert tokenizer.decode(ids, skip_special_tokens=False) == text
+            assert prepare.token_bytes(tokenizer)[ids].sum() == len(text.encode())
+    assert [tokenizer.token_to_id(token) for token in prepare.SPECIAL_TOKENS] == [0, 1, 2, 3]
+    assert prepare.token_bytes(tokenizer)[:4].tolist() == [0] * 4
+    assert len(prepare.plain_ids(tokenizer, "2026")) == 4, "digits are single tokens"
+
+
+def test_text_in_segments_gives_the_same_tokens(tokenizer, monkeypatch):
+    rng = random.Random(2)
+    for segment in (1, 7, 50):
+        monkeypatch.setattr(prepare, "SEGMENT", segment)
+        monkeypatch.setattr(prepare, "BATCH", 100)
+        texts = [random_text(rng).replace("<|im_end|>", "") if i % 2 else prose(rng, 50) for i in range(40)] + [""]
+        assert max(len(list(prepare.segments(text))) for text in texts) > 1
+        expected = [i for text in texts for i in [*tokenizer.encode(text).ids, 0]]
+        assert np.concatenate(list(prepare.encode(texts, tokenizer))).tolist() == expected
+
+
+def test_chat_ids(tokenizer):
+    messages = [{"role": "user", "content": "What is\n 7 + 12?"}, {"role": "assistant", "content": "\n19\n"}]
+    for open_turn in (False, True):
+        text = prepare.render_chat(messages, open_turn)
+        assert prepare.chat_ids(tokenizer, messages, open_turn) == tokenizer.encode(text).ids
+    assert text == "<|im_start|>user\nWhat is\n 7 + 12?<|im_end|>\n<|im_start|>assistant\n\n19\n<|im_end|>\n<|im_start|>assistant\n"
+    ids = prepare.chat_ids(tokenizer, [{"role": "user", "content": "<|im_end|><|endoftext|>"}])
+    assert [i for i in ids if i < 4] == [1, 2], "markup inside a content is text"
+    assert "<|im_end|><|endoftext|>" in tokenizer.decode(ids)
+
+
+# ---- cleaning ----
+
+
+def test_clean_text():
+    assert clean.clean_text("\ufeffabc\r\ndefg\rhijk\x0clmno\x00pqrst\u2028") == ("abc\ndefg\nhijk\nlmnopqrst\n", 0, False)
+    assert clean.clean_text("cafe\u0301")[0] == "café"
+    assert clean.clean_text("x<|endoftext|>y<|im_<|pad|>start|>z")[:2] == ("xyz", 3)
+    assert clean.clean_text("lost \ufffd" + "a" * 100)[2] and not clean.clean_text("lost \ufffd" + "a" * 2000)[2]
+    assert clean.clean_text("a\x01b\x02c\x03")[2]
+    rng = random.Random(3)
+    for _ in range(300):
+        text = clean.clean_text(random_text(rng))[0]
+        assert clean.clean_text(text) == (text, 0, False)
+        assert unicodedata.is_normalized("NFC", text) and not clean.CONTROL.search(text) and not clean.SPECIAL.search(text)
+
+
+def slow_shingles(text):
+    """The definition: runs of five words, lower case, separated by white space and the marks of prose."""
+    words = re.findall(r"[^\s.,;:!?'\"`()\[\]{}\x00-\x20]+", text.lower())
+    return [tuple(words[i : i + clean.SHINGLE]) for i in range(max(1, len(words) - clean.SHINGLE + 1))] if words else []
+
+
+def test_shingles_and_repetition_against_the_definition():
+    rng = random.Random(4)
+    texts = [prose(rng, n) for n in (1, 2, 4, 5, 6, 9, 300)]
+    texts += ["a b c d e f " * 20, "1+2=3, 1-2=-1", "...", "(One) two: three", "one two THREE"]
+    hashes, owner, is_text = clean.shingles([text.encode() for text in texts])
+    share = clean.repeated_share(hashes, owner, len(texts))
+    names = {}
+    for i, text in enumerate(texts):
+        expected, found = slow_shingles(text), hashes[owner == i].tolist()
+        assert len(found) == len(expected)
+        for shingle, value in zip(expected, found):
+            assert names.setdefault(shingle, value) == value
+        assert share[i] == pytest.approx(1 - len(set(expected)) / len(expected) if expected else 0)
+        assert is_text[i] == (text != "...")
+    assert len(set(names.values())) == len(names), "different shingles, different hashes"
+    characters = clean.shingles(["漢字かな漢字".encode()])[0]
+    assert len(characters) == 2, "in scripts without spaces a character is a word"
+
+
+def test_minhash_estimates_jaccard_and_bands_find_copies():
+    rng = random.Random(5)
+    texts = []
+    for _ in range(120):
+        words, rate = prose(rng, rng.choice((8, 30, 400))).split(), rng.choice((0.002, 0.02, 0.1, 0.3))
+        texts += [" ".join(words), " ".join(rng.choice(WORDS) if rng.random() < rate else word for word in words)]
+    hashes, owner, _ = clean.shingles([text.encode() for text in texts])
+    signature = clean.minhash(hashes, owner, len(texts))
+    assert not (signature == clean.UNSET).any()
+    keys = clean.band_keys(signature)
+    errors = []
+    for i in range(0, len(texts), 2):
+        a, b = set(slow_shingles(texts[i])), set(slow_shingles(texts[i + 1]))
+        jaccard = len(a & b) / len(a | b)
+        errors.append((signature[i] == signature[i + 1]).mean() - jaccard)
+        shared = bool((keys[i] == keys[i + 1]).any())
+        assert shared or jaccard < 0.95
+        assert not shared or jaccard > 0.3
+    assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 0.05
+    assert not any((keys[i] == keys[j]).any() for i in range(0, 60, 2) for j in range(i + 2, 60, 2)), "unrelated texts share a key"
+
+
+def test_union_against_walking_the_graph():
+    rng = random.Random(6)
+    for n_edges in (0, 20, 60, 200):
+        a, b = ([rng.randrange(80) for _ in range(n_edges)] for _ in range(2))
+        parent = np.arange(80, dtype=np.int32)
+        for part in (slice(0, n_edges // 2), slice(n_edges // 2, n_edges)):
+            clean.union(parent, np.array(a[part], np.int32), np.array(b[part], np.int32))
+        expected = list(range(80))
+        for _ in range(80):
+            for i, j in zip(a, b):
+                expected[i] = expected[j] = min(expected[i], expected[j])
+        assert clean.find(parent, np.arange(80, dtype=np.int32)).tolist() == expected
+    chain, parent = np.arange(100_000, dtype=np.int32), np.arange(100_000, dtype=np.int32)
+    clean.union(parent, chain[:-1], chain[1:])
+    assert not clean.find(parent, chain).any()
+
+
+def test_what_is_dropped(tmp_path, capsys):
+    rng = random.Random(7)
+    good = [prose(rng, 80) for _ in range(60)]
+    near = good[0].replace(good[0].split()[40], "otherwise")
+    bad = {"empty": ["", " \n", "\ufeff"], "broken": ["f\ufffdr", "\x01\x02\x03 a", "=-=-" * 50, "a8F" * 40, "half \ud83d pair"],
+           "repetitive": ["the same line again\n" * 9, "ha " * 50], "exact copy": [good[5] + "\n\n"], "near copy": [near, good[1].upper()]}
+    texts = good + [text for group in bad.values() for text in group]
+    write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts] + [{"text": None}])
+    row = make("in.jsonl", out="out")["cleaning"][0]
+    counts = {fate: row[fate] for fate in clean.FATES}
+    assert counts == {**{fate: len(group) for fate, group in bad.items()}, "empty": 4, "kept": 60}
+    assert row["documents"] == sum(counts.values()) and "near copy" in capsys.readouterr().out
+    kept = documents("out", 1, "train") + documents("out", 1, "val")
+    assert sorted(kept) == sorted(good)
+
+
+# ---- splits ----
+
+
+def test_one_text_gives_its_last_tenth(tmp_path):
+    text = prose(random.Random(8), 3000) + "漢字 é\n"
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    meta = make("book.txt", out="out")
+    edge = int(0.9 * len(text))
+    for phase in (1, 2, 3):
+        assert documents("out", phase, "train") == [text[:edge]] and documents("out", phase, "val") == [text[edge:]]
+    assert meta["phases"]["1"]["val"]["bytes"] == len(text[edge:].encode())
+    assert (tmp_path / "out/phase1_train_00000.bin").samefile("out/phase3_train_00000.bin")
+
+
+def test_few_documents_are_cut_in_order(tmp_path):
+    rng = random.Random(9)
+    texts = [prose(rng, n) for n in (300, 50, 200, 20, 30)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.md").write_text(text)
+    make(*sorted(tmp_path.glob("*.md")), out="out")
+    whole = "".join(texts)
+    assert "".join(documents("out", 1, "train")) == whole[: int(0.9 * len(whole))]
+    assert "".join(documents("out", 1, "val")) == whole[int(0.9 * len(whole)) :]
+
+
+def test_chats_are_not_cut(tmp_path):
+    write_jsonl(tmp_path / "qa.jsonl", [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(12)])
+    make("qa.jsonl", out="out")
+    train, val = documents("out", 1, "train"), documents("out", 1, "val")
+    assert len(train) == 10 and len(val) == 2
+    assert all(text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n") for text in train + val)
+
+
+def test_split_by_hash_is_stable_and_never_empty(tmp_path):
+    rng = random.Random(23)
+    texts = [prose(rng, 30) for _ in range(600)]
+    write_jsonl(tmp_path / "less.jsonl", [{"text": text} for text in texts[:300]])
+    write_jsonl(tmp_path / "more.jsonl", [{"text": text} for text in reversed(texts)])
+    make("less.jsonl", out="less")
+    make("more.jsonl", out="more")
+    less, more = (set(documents(folder, 1, "val")) for folder in ("less", "more"))
+    assert 0 < len(less) < 20 and less == more & set(texts[:300])
+    for i in range(5):
+        write_jsonl(tmp_path / "few.jsonl", [{"text": text} for text in texts[51 * i : 51 * i + 51]])
+        make("few.jsonl", out="few")
+        assert documents("few", 1, "val") and len(documents("few", 1, "train")) > 40
+
+
+def test_splits_are_disjoint_over_all_phases_copies_included(tmp_path):
+    rng = random.Random(10)
+    texts = [prose(rng, 200) for _ in range(400)]
+    edited = [text.replace(text.split()[20], "edited", 1) for text in texts]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts[:300]])
+    write_jsonl(tmp_path / "b.jsonl", [{"content": text} for text in edited[100:] + texts[100:150]])
+    (tmp_path / "few.txt").write_text(texts[7] + "<|endoftext|>\n" + texts[120])
+    make("a.jsonl", "--phase2", "b.jsonl", "--phase3", "few.txt", "b.jsonl", "--val_fraction=0.1", out="out")
+    found = {split: set() for split in ("train", "val")}
+    for phase, split in itertools.product((1, 2, 3), found):
+        shards = documents("out", phase, split)
+        found[split].update(word for text in shards for word in slow_shingles(text))
+        assert len(shards) > 5
+    assert len(found["train"] & found["val"]) <= 2, "the few shingles across edits' ends at most"
+    make("few.txt", "--phase2", "a.jsonl", "--phase3", "a.jsonl", out="out")
+    tail = documents("out", 1, "val")[-1]
+    assert tail and any(text.endswith(tail) for text in documents("out", 2, "val"))
+    assert not any(tail in text for text in documents("out", 2, "train")), "what phase 1 holds out, phase 2 holds out"
+
+
+def test_validation_text_of_its_own(tmp_path):
+    rng = random.Random(11)
+    texts = [prose(rng, 60) for _ in range(30)]
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+    write_jsonl(tmp_path / "val.jsonl", [{"text": text} for text in texts[:5] + [prose(rng, 60)]])
+    meta = make("train.jsonl", "--val", "val.jsonl", out="out")
+    assert documents("out", 2, "train") == texts[5:] and documents("out", 2, "val")[:5] == texts[:5]
+    assert [row["exact copy"] for row in meta["cleaning"]] == [0, 5]
+    with pytest.raises(prepare.InputError, match="phase 1: train.jsonl leaves no training text.*also validation text"):
+        make("train.jsonl", "--val", "train.jsonl", out="out")
+    assert documents("out", 2, "train") == texts[5:]
+
+
+def test_tokenizer_never_sees_validation_text(tmp_path):
+    (tmp_path / "book.txt").write_text("the cat sat on a mat and was glad of it\n" * 3 + prose(random.Random(12), 2000) + "qzqzqz " * 200)
+    vocabulary = Tokenizer.from_str((make("book.txt", out="out"), Path("out/tokenizer.json").read_text())[1]).get_vocab()
+    assert not any("zq" in token for token in vocabulary)
+
+
+def builtin_stub(monkeypatch):
+    rng = random.Random(13)
+    texts = [prose(rng, 80) for _ in range(50)]
+
+    def pairs(split, count, seed=0):
+        names = {"train": "Ann", "val": "Bob", "test": "Cleo"}
+        for i in range(count):
+            yield {"question": f"{names[split]} has {i} apples and buys 1. How many?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"}
+
+    def stub(phase):
+        for i, text in enumerate(texts):
+            yield ("val" if i < 4 else "train"), text
+        yield "train", texts[0]  # a copy on the wrong side: validation wins
+        if phase > 1:
+            for split in ("train", "val"):
+                yield from ((split, [pair] * (1 if phase == 2 else 3)) for pair in pairs(split, 20 if split == "train" else 4))
+
+    monkeypatch.setattr(corpus, "documents", stub)
+    monkeypatch.setattr(corpus, "problems", pairs)
+    monkeypatch.setattr(corpus, "TRAIN_PROBLEMS", 20)
+    monkeypatch.setattr(corpus, "VAL_PROBLEMS", 5)
+    return texts
+
+
+def test_builtin_corpus_is_the_default(monkeypatch, capsys):
+    texts = builtin_stub(monkeypatch)
+    prepare.main([])
+    assert prepare.load_meta("data/builtin")["sources"] == {"1": ["builtin"], "2": ["builtin"], "3": ["builtin"]}
+    assert documents("data/builtin", 1, "val") == texts[:4] and documents("data/builtin", 1, "train") == texts[4:]
+    problem = "<|im_start|>user\nBob has 3 apples and buys 1. How many?<|im_end|>\n<|im_start|>assistant\n3 + 1 = 4\n#### 4<|im_end|>\n"
+    assert problem in documents("data/builtin", 2, "val") and problem * 3 in documents("data/builtin", 3, "val")
+    assert (tokens("data/builtin", 2, "train") == 1).sum() == 40, "chat markup is special tokens"
+    assert json.loads(Path("data/builtin/problems_test.jsonl").read_text().splitlines()[4])["question"].startswith("Cleo has 4")
+    out = capsys.readouterr().out
+    assert "next: python train.py\n" in out and "warning: phase 3 val has" in out and "needs 2049" in out
+
+
+def test_builtin_mixes_with_own_text(monkeypatch):
+    texts = builtin_stub(monkeypatch)
+    book = prose(random.Random(14), 1000)
+    Path("book.txt").write_text(book)
+    prepare.main(["--phase1", "book.txt", "builtin", "--vocab_size=300"])
+    train, val = documents("data/book", 1, "train"), documents("data/book", 1, "val")
+    assert set(val) == {*texts[:4], book[int(0.9 * len(book)) :]} and book[: int(0.9 * len(book))] in train
+    assert set(texts[4:]) <= set(documents("data/book", 2, "train")), "phases without sources take the built-in corpus"
+    prepare.main(["builtin", "--val", "book.txt", "--vocab_size=300"])
+    assert documents("data/builtin", 3, "val") == [book]
+    assert set(documents("data/builtin", 1, "train")) == {texts[0], *texts[4:]}, "its own validation documents stay out"
+
+
+# ---- sources ----
+
+
+def test_file_types_and_folders(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rng = random.Random(15)
+    texts = [prose(rng, 40) for _ in range(6)]
+    folder = tmp_path / "texts" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text(f"{texts[0]}<|endoftext|>\r\n{texts[1]}<|endoftext|>")
+    (folder / "b.md").write_text(texts[2])
+    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"content": texts[3], "id": 1}) + "\n\n")
+    parquet.write_table(pyarrow.table({"id": [1, 2], "text": texts[4:]}), folder / "d.parquet")
+    (folder / "ignored.py").write_text("pass")
+    files = sources.source_files("texts")
+    assert [Path(name).name for name, _ in files] == ["a.txt", "b.md", "c.jsonl.gz", "d.parquet"]
+    assert [item for _, item in sources.read_source(sources.Source("texts"), files, 0, None)] == texts
+    write_jsonl(tmp_path / "qa.jsonl", [{"question": "Why?", "answer": "So."}])
+    read = lambda name, field: [item for _, item in sources.read_source(sources.Source(name), sources.source_files(name), 0, field)]  # noqa: E731
+    assert read("qa.jsonl", None) == [[{"question": "Why?", "answer": "So."}]] and read("qa.jsonl", "answer") == ["So."]
+
+
+def test_hub_addresses(monkeypatch, tmp_path):
+    from fsspec.implementations.dirfs import DirFileSystem
+
+    class Hub(DirFileSystem):  # the part of HfFileSystem that is used, over a local folder
+        def _join(self, path):
+            return super()._join(path.removeprefix("hf://"))
+
+        def find(self, path):
+            return [str(found) for found in super().find(path)]
+
+    data = tmp_path / "hub/datasets/me/set"
+    data.mkdir(parents=True)
+    text = prose(random.Random(16), 200)
+    (data / "a.txt").write_text(text)
+    write_jsonl(data / "b.jsonl", [{"text": text[::-1]}])
+    monkeypatch.setattr(sources, "hub_filesystem", lambda: Hub(str(tmp_path / "hub")))
+    assert [name for name, _ in sources.source_files("hf://datasets/me/set")] == ["hf://datasets/me/set/a.txt", "hf://datasets/me/set/b.jsonl"]
+    make("hf://datasets/me/set", out="all")
+    assert "".join(documents("all", 1, "train") + documents("all", 1, "val")) == text + text[::-1]
+    prepare.main(["hf://datasets/me/set/a.txt", "--vocab_size=300"])
+    assert "".join(documents("data/a", 1, "train") + documents("data/a", 1, "val")) == text
+
+
+def test_text_in_pieces(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "PIECE", 1000)
+    rng = random.Random(17)
+    text = "".join(prose(rng, 700) + random_text(rng, 3000).replace("<|im_end|>", "").replace("\r", "") for _ in range(300))
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8", newline="")
+    assert len(text.encode()) > 2 << 20
+    pieces = [item for _, item in sources.read_source(sources.Source("long.txt"), sources.source_files("long.txt"), 0, None)]
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 1000
+    assert sum(piece.endswith("\n\n") for piece in pieces) > len(pieces) / 4
+    position = 1_500_000
+    data = text.encode()[:position].decode(errors="ignore").encode()
+    (tmp_path / "latin.txt").write_bytes(data + b"\xe9 " + text.encode())
+    with pytest.raises(prepare.InputError, match=f"latin.txt is not UTF-8 at byte {len(data)}: .*iconv"):
+        list(sources.read_source(sources.Source("latin.txt"), sources.source_files("latin.txt"), 0, None))
+
+
+# ---- shards ----
+
+
+def test_shards_roll_over(tmp_path):
+    rng = random.Random(18)
+    (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(prose(rng, 100) for _ in range(60)))
+    make("a.txt", out="one")
+    meta = make("a.txt", "--shard_tokens=1500", out="many")
+    for split in ("train", "val"):
+        assert np.array_equal(tokens("one", 1, split), tokens("many", 1, split))
+        total = meta["phases"]["1"][split]
+        headers = [prepare.read_shard(path, meta["vocab_size"])[0] for path in prepare.shard_paths("many", 1, split)]
+        assert [h["n_tokens"] for h in headers[:-1]] == [1500] * (len(headers) - 1)
+        for name, key in (("tokens", "n_tokens"), ("bytes", "n_bytes"), ("documents", "n_documents")):
+            assert sum(h[key] for h in headers) == total[name]
+        assert total["documents"] == len(documents("many", 1, split))
+        assert total["bytes"] == sum(len(text.encode()) for text in documents("many", 1, split))
+    assert len(meta["phases"]["1"]["train"]["shards"]) > 5
+    fingerprint = prepare.tokenizer_fingerprint((tmp_path / "many/tokenizer.json").read_text())
+    assert prepare.read_shard("many/phase1_val_00000.bin", fingerprint=fingerprint)[0]["fingerprint"] == fingerprint
+
+
+def test_shards_are_checked_on_reading(tmp_path):
+    path = tmp_path / "x.bin"
+    prepare.write_shard(path, np.arange(1000, dtype=np.uint16), 1024, 2**33 + 5, -7, 3)
+    header, data = prepare.read_shard(path, 1024, -7)
+    assert header == {"n_tokens": 1000, "vocab_size": 1024, "n_bytes": 2**33 + 5, "n_documents": 3, "fingerprint": -7}
+    assert np.array_equal(data, np.arange(1000)) and data.dtype == np.uint16 and list(tmp_path.iterdir()) == [path]
+    for arguments, message in (((512,), "vocab_size 1024, expected 512"), ((1024, 8), "fingerprint -7, expected 8")):
+        with pytest.raises(prepare.InputError, match=message):
+            prepare.read_shard(path, *arguments)
+    whole = path.read_bytes()
+    for content, message in ((whole[:-100], "holds 1900 bytes of tokens, its header says 2000"), (whole[:500], "not a token shard"),
+                             (b"", "not a token shard"), (b"x" * 5000, "not a token shard"),
+                             (whole[:4] + b"\x09" + whole[5:], "shard version 9")):
+        path.write_bytes(content)
+        with pytest.raises(prepare.InputError, match=message):
+            prepare.read_shard(path)
+    with pytest.raises(prepare.InputError, match="does not exist.*prepare.py"):
+        prepare.read_shard(tmp_path / "missing.bin")
+    with pytest.raises(prepare.InputError, match="python prepare.py SOURCE --out=nowhere"):
+        prepare.load_meta("nowhere")
+    with pytest.raises(prepare.InputError, match="with python prepare.py$"):
+        prepare.load_meta("data/builtin")
+
+
+# ---- the run as a whole ----
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_deterministic_for_any_number_of_processes(tmp_path, monkeypatch):
+    rng = random.Random(19)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": prose(rng, 60)} for _ in range(500)])
+    make("a.jsonl", out="first")
+    monkeypatch.setattr(clean, "CHUNK", 10_000)
+    monkeypatch.setattr(clean, "WORKERS", 2)
+    monkeypatch.setattr(prepare, "BATCH", 20_000)
+    make("a.jsonl", out="second")
+    result = script("a.jsonl", "--out=third", "--vocab_size=300", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "" and result.stdout.endswith("next: python train.py --data=third\n")
+    assert contents("first") == contents("second") == contents("third")
+
+
+@pytest.mark.parametrize("moment, number", [("*", signal.SIGKILL), ("phase1_train_*", signal.SIGKILL), ("phase1_train_*", signal.SIGINT)])
+def test_interrupted_run_changes_nothing(tmp_path, moment, number):
+    rng = random.Random(20)
+    (tmp_path / "a.txt").write_text(prose(rng, 1000))
+    big = write_jsonl(tmp_path / "big.jsonl", [{"text": prose(rng, 2000)} for _ in range(250)])
+    make("a.txt", out="out")
+    before = contents("out")
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", big, "--out=out"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob(f".out.new/{moment}")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+    with pytest.raises(prepare.InputError, match="out is being written by another prepare.py"):
+        make("a.txt", out="out")
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    error = process.communicate(timeout=30)[1].decode()
+    assert process.returncode == (130 if number == signal.SIGINT else -number) and contents("out") == before
+    assert number == signal.SIGKILL or error == "interrupted\n"
+    assert (tmp_path / ".out.new").exists() == (number == signal.SIGKILL)
+    (tmp_path / "out").rename(tmp_path / ".out.old")  # killed between the two renames: the next run finds the old data again
+    make("a.txt", out="out")
+    assert contents("out") == before and {p.name for p in tmp_path.iterdir()} == {"a.txt", "big.jsonl", "out"}
+
+
+LIMITED = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2); sys.argv = sys.argv[1:]; " \
+          "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def test_full_disk(tmp_path):
+    rng = random.Random(21)
+    (tmp_path / "a.txt").write_text(prose(rng, 1000))
+    (tmp_path / "big.txt").write_text(prose(rng, 50_000))
+    make("a.txt", out="out")
+    before = contents("out")
+    result = script("big.txt", "--out=out", cwd=tmp_path, prefix=("-c", LIMITED))
+    message = r"error: \.out\.new[^\n]*: File too large: free some space or write elsewhere\n"
+    assert result.returncode == 2 and re.fullmatch(message, result.stderr)
+    assert contents("out") == before and not (tmp_path / ".out.new").exists()
+
+
+def bad_inputs(folder):
+    (folder / "empty").mkdir()
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("do not delete")
+    for name, data in {"empty.txt": b"", "blank.txt": b" \n\n", "x.docx": b"PK", "latin.txt": b"caf\xe9 au lait", "text.txt": b"some text",
+                       "cut.jsonl": b'{"text": "one"}\n{"text": "tw', "list.jsonl": b"[1]\n", "fields.jsonl": b'{"body": "a", "n": 1}\n',
+                       "number.jsonl": b'{"text": 5}\n', "utf8.jsonl": b'{"text": "\xff"}\n', "plain.jsonl.gz": b"not gzip",
+                       "cut.jsonl.gz": gzip.compress(b'{"text": "one"}\n' * 99)[:-9], "x.parquet": b"PAR1 but not really"}.items():
+        (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("missing.txt", "missing.txt does not exist: expected .txt .md .jsonl .jsonl.gz .parquet, a folder"),
+    ("empty", "empty holds no file that can be read: expected .txt"),
+    ("x.docx", "x.docx is no file that can be read: expected .txt"),
+    ("empty.txt", "empty.txt is empty: expected text in it"),
+    ("blank.txt", "phase 1: blank.txt leaves no training text (1 empty, 0 broken"),
+    ("latin.txt", "latin.txt is not UTF-8 at byte 3: convert it first, for example with iconv -f LATIN1 -t UTF-8"),
+    ("cut.jsonl", "cut.jsonl:2: malformed JSON (Unterminated string"),
+    ("list.jsonl", "list.jsonl:1: holds list, expected one JSON object per line"),
+    ("utf8.jsonl", "utf8.jsonl:1: not UTF-8 at byte 10 of the line"),
+    ("fields.jsonl", "fields.jsonl:1: no field text, content or question + answer, found body, n: name the field"),
+    ("fields.jsonl --field=title", "fields.jsonl:1: no field title, found body, n: name the field"),
+    ("number.jsonl", "number.jsonl:1: field text holds int, expected a string"),
+    ("plain.jsonl.gz", "plain.jsonl.gz is not a whole gzip file"),
+    ("cut.jsonl.gz", "cut.jsonl.gz is not a whole gzip file"),
+    ("x.parquet", "x.parquet is not a whole parquet file"),
+    ("text.txt --vocab_size=259", "--vocab_size=259 is out of range: expected 260 to 65536"),
+    ("text.txt --vocab_size=65537", "--vocab_size=65537 is out of range"),
+    ("text.txt --val_fraction=0", "--val_fraction=0.0 is out of range"),
+    ("text.txt --out=mine", "mine holds notes.txt, which prepare.py did not make: choose another --out"),
+    ("text.txt --out=text.txt", "text.txt holds text.txt, which prepare.py did not make"),
+    ("text.txt --out=text.txt/deeper", "text.txt: File exists"),
+    ("text.txt --out=.", "--out=. names no folder of its own"),
+    ("text.txt --val=builtin", "--val=builtin: the built-in corpus brings its own validation text"),
+    ("text.txt --vocab=300", "unrecognized arguments: --vocab=300 (python prepare.py --help lists the options)"),
+    ("text.txt --vocab_size=big", "argument --vocab_size: invalid int value: 'big'"),
+])
+def test_bad_input(tmp_path, capsys, arguments, message):
+    bad_inputs(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        prepare.run(lambda: prepare.main(arguments.split()))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not list(tmp_path.glob("data/*")) and not list(tmp_path.glob(".*"))
+    assert (tmp_path / "mine/notes.txt").read_text() == "do not delete"
+
+
+def test_bad_input_on_the_command_line(tmp_path):
+    result = script("missing.txt", cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1) and result.stderr.startswith("error: missing.txt does not exist")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    bad_inputs(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(prepare.InputError, match="x.parquet: .parquet files need pyarrow: pip install pyarrow"):
+        make("x.parquet", out="out")
+
+
+def test_a_few_bytes_are_enough(tmp_path):
+    (tmp_path / "tiny.txt").write_text("To be, or not to be.")
+    meta = make("tiny.txt", "--vocab_size=1024", out="out")
+    assert meta["vocab_size"] < 280 and documents("out", 1, "val") == ["e."]
+
+
+MEASURE = "import resource, sys; sys.path.insert(0, sys.argv[1]); import prepare; prepare.main(sys.argv[2:]); " \
+          "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    peaks = []
+    for megabytes in (11, 28):
+        rng = random.Random(22)
+        with open(tmp_path / "a.jsonl", "w") as file:
+            for _ in range(megabytes * 50):
+                file.write(json.dumps({"text": prose(rng, 4000)}) + "\n")
+        result = subprocess.run([sys.executable, "-c", MEASURE, ROOT, "a.jsonl"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        peaks.append(int(result.stdout.splitlines()[-1]) / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    assert peaks[1] - peaks[0] < 15, f"{peaks} MB"

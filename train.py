@@ -1,0 +1,422 @@
+"""Pre-train a model through the three-phase curriculum: windows of 256, then 1,024, then 2,048 tokens.
+
+    python train.py                                   # all three phases of the nano preset on the built-in corpus
+    python train.py --phase=1 --steps=100             # one phase, and fewer steps of it
+    python train.py --data=data/mybook --out=out/mybook --preset=small --n_layer=6
+    torchrun --nproc_per_node=2 train.py --phase=3    # two processes: each trains on its share of every batch
+
+Every phase starts from the weights that the one before left in --out, warms the learning rate up again and lets it fall
+along a cosine (warm restarts, arXiv:1608.03983). The batch of a step depends on (seed, phase, step) alone and last.pt
+holds everything else, so a run that was killed goes on where it was when the same command is given again, and ends in the
+same weights. A run leaves in --out: phase{1,2,3}.pt, phase{1,2,3}_best.pt (lowest validation loss), log.jsonl, curves.png.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import signal
+import time
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch.nn.parallel import DistributedDataParallel
+
+import curves
+import prepare
+from checkpoint import MODELS, PHASES, load_checkpoint, save_checkpoint
+from device import Device
+from model import PRESETS
+from muon import build_optimizers
+from prepare import ArgumentParser, InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a preset is trained with unless options say otherwise."""
+
+    tokens_per_step: int  # of one process and one micro-step: batch_size * seq_len
+    grad_accum: int
+    steps: tuple[int, int, int]  # optimizer steps of phases 1, 2, 3
+    lr: float
+
+
+# nano's figures come from sweeps on two CPU cores. The learning rates of the others follow from nano's by 1/sqrt(d_model),
+# which keeps the relative size of Muon's update, and their steps give 20 tokens per parameter: both not yet tried.
+RECIPES = {
+    "nano": Recipe(2048, 1, (2000, 1000, 500), 0.016),
+    "small": Recipe(32_768, 1, (8_000, 5_000, 3_000), 0.008),
+    "base": Recipe(32_768, 8, (4_000, 2_500, 1_500), 0.006),
+    "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.004),
+}
+WARMUP = 0.02  # of a phase's steps
+FINAL_LR = 0.05  # of the peak, at the end of a phase
+CHINCHILLA = 20  # tokens per parameter that use a training budget best (arXiv:2203.15556)
+
+
+def lr_at(step: int, steps: int, peak: float) -> float:
+    """The learning rate of a step of a phase: linear warm-up, then a cosine from the peak to FINAL_LR of it."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# ------------------------------------------------------------------------------------------------------------------- data
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n_windows: int, seq_len: int, seed: int, phase: int, epoch: int) -> tuple[np.ndarray, int]:
+    """The order of the windows in one pass over the data, and by how many tokens their grid moves, so that no cut stays."""
+    rng = np.random.default_rng((seed, phase, epoch))
+    return rng.permutation(n_windows), int(rng.integers(seq_len))
+
+
+class Windows:
+    """The token shards of one phase and split, cut into windows of seq_len + 1 tokens."""
+
+    def __init__(self, folder: Path, phase: int, split: str, seq_len: int, vocab_size: int, fingerprint: int):
+        paths = prepare.shard_paths(folder, phase, split)
+        self.seq_len = seq_len
+        self.shards = [prepare.read_shard(path, vocab_size, fingerprint)[1] for path in paths]
+        self.counts = [(len(shard) - 1) // seq_len for shard in self.shards]
+        self.n_tokens, self.n_windows = sum(map(len, self.shards)), sum(self.counts)
+        if self.n_windows < 1:
+            what = paths[0] if paths else f"{folder}/phase{phase}_{split}_*.bin"
+            raise InputError(
+                f"{what} holds {self.n_tokens:,} tokens, a window of phase {phase} needs {seq_len + 1:,}:"
+                " prepare more text or lower --seq_len"
+            )
+        self.firsts = np.cumsum([0, *self.counts])  # number of the first window of each shard
+
+    def read(self, window: int, offset: int = 0) -> np.ndarray:
+        """The seq_len + 1 tokens of a window, the grid of windows being moved by `offset` tokens."""
+        s = int(np.searchsorted(self.firsts, window, side="right")) - 1
+        start = offset + int(window - self.firsts[s]) * self.seq_len
+        start = min(start, len(self.shards[s]) - self.seq_len - 1)
+        return self.shards[s][start : start + self.seq_len + 1]
+
+    def batch(self, seed: int, phase: int, first: int, count: int) -> np.ndarray:
+        """Training examples first to first + count of the endless sequence that (seed, phase) determine: [count, seq_len + 1]"""
+        rows = []
+        for n in range(first, first + count):
+            order, offset = epoch_order(self.n_windows, self.seq_len, seed, phase, n // self.n_windows)
+            rows.append(self.read(order[n % self.n_windows], offset))
+        return np.stack(rows).astype(np.int64)
+
+
+@torch.no_grad()
+def evaluate(model, data: Windows, token_bytes: np.ndarray, eval_tokens: int, batch_size: int, device: Device) -> tuple[float, float]:
+    """(mean nats per token, bits per byte) over the same windows every time, spread evenly over the validation text."""
+    n = max(1, min(data.n_windows, eval_tokens // data.seq_len))
+    chosen = np.linspace(0, data.n_windows - 1, n).round().astype(int)[device.rank :: device.ranks]
+    nats, n_tokens, n_bytes = 0.0, 0, 0
+    model.eval()
+    for i in range(0, len(chosen), batch_size):
+        rows = np.stack([data.read(w) for w in chosen[i : i + batch_size]]).astype(np.int64)
+        x, y = device.put(rows)
+        with device.autocast():
+            _, loss = model(x, y)
+        nats, n_tokens, n_bytes = nats + loss.item() * y.numel(), n_tokens + y.numel(), n_bytes + int(token_bytes[rows[:, 1:]].sum())
+    model.train()
+    nats, n_tokens, n_bytes = device.sum([nats, n_tokens, n_bytes])
+    return nats / n_tokens, nats / math.log(2) / max(1, n_bytes)
+
+
+# -------------------------------------------------------------------------------------------------- settings of a run, log
+
+
+def previous(out: Path, phase: int) -> tuple[Path | None, bool]:
+    """(the checkpoint that a phase goes on from or None, whether it is one of the same phase): last.pt, or the phase before's."""
+    last, before = out / "last.pt", out / f"phase{phase - 1}.pt"
+    if last.exists() and load_checkpoint(last)["phase"] == phase:
+        return last, True
+    return (before, False) if before.exists() else (None, False)
+
+
+def check_same(path: Path, theirs: dict, ours: dict):
+    """Raise InputError naming every setting in which a checkpoint and this command differ."""
+    differ = [f"{name} is {theirs.get(name)} there, {ours[name]} here" for name in ours if theirs.get(name) != ours[name]]
+    if differ:
+        remedy = "give the same settings, another --out, or --fresh to start over"
+        raise InputError(f"{path} was trained with other settings ({'; '.join(differ)}): {remedy}")
+
+
+def trim_log(path: Path, phase: int, step: int):
+    """Drop what was logged after this step: a killed run had got further than its checkpoint and will log it again."""
+    kept = [line for line in curves.read_log(path) if (line["phase"], line["step"]) <= (phase, step)]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(partial, path)
+
+
+def start_wandb(args, config):
+    try:
+        import wandb
+    except ImportError as problem:
+        raise InputError("--wandb needs the package wandb: pip install wandb") from problem
+    return wandb.init(project=args.wandb, name=args.out.name, config={**dataclasses.asdict(config), "lr": args.lr, "seed": args.seed})
+
+
+def draw_curves(out: Path):
+    try:
+        curves.draw([out], out / "curves.png")
+        print(f"curves: {out / 'curves.png'}")
+    except InputError as problem:  # the weights are what counts: a missing matplotlib is only said
+        print(f"no curves.png: {problem}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Sizes of the model override the preset's: --n_layer=6.")
+    parser.add_argument("--model", choices=MODELS, default="flow", help="which network (default: flow)")
+    parser.add_argument("--preset", choices=PRESETS, default="nano", help="its size (default: nano)")
+    parser.add_argument("--data", type=Path, default=Path("data/builtin"), help="folder made by prepare.py (default: data/builtin)")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: out/<model>)")
+    parser.add_argument("--phase", type=int, choices=PHASES, help="train this phase only (default: all that are not finished)")
+    parser.add_argument("--steps", type=int, help="optimizer steps per phase (default: the preset's)")
+    parser.add_argument("--batch_size", type=int, help="sequences per process and micro-step (default: the preset's tokens / seq_len)")
+    parser.add_argument("--grad_accum", type=int, help="micro-steps per optimizer step (default: the preset's)")
+    parser.add_argument("--seq_len", type=int, help="window in tokens (default: the phase's, 256, 1024 or 2048)")
+    parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's)")
+    parser.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices and embeddings (default: 0.1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the data (default: 0)")
+    parser.add_argument("--save_interval", type=int, default=250, help="steps between checkpoints (default: 250)")
+    parser.add_argument("--eval_interval", type=int, default=250, help="steps between evaluations (default: 250)")
+    parser.add_argument("--log_interval", type=int, default=25, help="steps between log lines (default: 25)")
+    parser.add_argument("--eval_tokens", type=int, default=2**16, help="validation tokens per evaluation, at most (default: 65,536)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more work")
+    parser.add_argument("--fresh", action="store_true", help="start over, from --phase if given: removes the checkpoints")
+    parser.add_argument("--price", type=float, help="dollars per hour of the machine, to show the cost so far")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
+    fields = [field for _, Config, _ in MODELS.values() for field in dataclasses.fields(Config)]
+    sizes = {field.name: field.type for field in fields if field.type in (int, float) and field.name != "vocab_size"}
+    for name, kind in sizes.items():
+        parser.add_argument(f"--{name}", type=kind, help="size of the model")
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch_size", "grad_accum", "seq_len", "lr", "save_interval", "eval_interval", "log_interval", "eval_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise InputError(f"--{name}={getattr(args, name)} must be positive")
+    if args.seed < 0 or args.weight_decay < 0:
+        raise InputError(f"--seed={args.seed} and --weight_decay={args.weight_decay} cannot be negative")
+    args.out = args.out or Path("out") / args.model
+    args.sizes = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
+    return args
+
+
+def model_config(args, vocab_size: int):
+    """The preset with the sizes that options override; the vocabulary is the data's."""
+    _, Config, presets = MODELS[args.model]
+    foreign = args.sizes.keys() - {f.name for f in dataclasses.fields(Config)}
+    if foreign:
+        raise InputError(f"--{sorted(foreign)[0]} is not a size of --model={args.model}: leave it out")
+    try:
+        return dataclasses.replace(presets[args.preset], vocab_size=vocab_size, **args.sizes)
+    except ValueError as problem:
+        raise InputError(f"these sizes do not fit together: {problem}") from problem
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = Device(args.device)
+    try:
+        train(args, device, print if device.rank == 0 else lambda *_, **__: None)
+    finally:
+        if device.ranks > 1:
+            dist.destroy_process_group()
+
+
+def train(args, device: Device, say):
+    # Data: made first if it is the default and not there.
+    if args.data == Path("data/builtin") and not (args.data / "meta.json").exists():
+        say("data/builtin does not exist yet: preparing the built-in corpus (python prepare.py)")
+        if device.rank == 0:
+            prepare.main([])
+        device.barrier()
+    meta = prepare.load_meta(args.data)
+    tokenizer_json = (args.data / "tokenizer.json").read_text(encoding="utf-8")
+    fingerprint = prepare.tokenizer_fingerprint(tokenizer_json)
+    token_bytes = prepare.token_bytes(Tokenizer.from_str(tokenizer_json))
+    config = model_config(args, meta["vocab_size"])
+    recipe = RECIPES[args.preset]
+    peak_lr = args.lr or recipe.lr
+
+    # What each phase will do; the plan is needed whole to say how it compares with Chinchilla's optimum.
+    plan = {}
+    for phase in [args.phase] if args.phase else PHASES:
+        seq_len = args.seq_len or PHASES[phase][1]
+        batch_size = args.batch_size or max(1, recipe.tokens_per_step // seq_len)
+        plan[phase] = (seq_len, batch_size, args.grad_accum or recipe.grad_accum, args.steps or recipe.steps[phase - 1])
+    planned = sum(seq_len * batch_size * accum * steps * device.ranks for seq_len, batch_size, accum, steps in plan.values())
+    peak, source = device.peak_flops()
+    say(f"device: {device}; peak {peak / 1e12:.3g} TFLOP/s ({source})")
+    say(f"model: {args.model} {args.preset}, {config.num_params():,} parameters, vocabulary {config.vocab_size:,}")
+    say(f"plan: {planned:,} tokens, {planned / config.num_params():.1f} per parameter (Chinchilla's optimum is about {CHINCHILLA})")
+
+    # Files of the run.
+    args.out.mkdir(parents=True, exist_ok=True)
+    log, last = args.out / "log.jsonl", args.out / "last.pt"
+    if args.fresh and device.rank == 0:
+        for phase in range(min(plan), len(PHASES) + 1):
+            for name in (f"phase{phase}.pt", f"phase{phase}_best.pt"):
+                (args.out / name).unlink(missing_ok=True)
+        last.unlink(missing_ok=True)
+        trim_log(log, min(plan) - 1, 10**9)
+    device.barrier()
+    tracker = start_wandb(args, config) if args.wandb and device.rank == 0 else None
+
+    def record(**line):
+        if device.rank == 0:
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if tracker:
+            tracker.log(line)
+
+    # Ctrl-C and a termination notice end the run after the step in progress, with everything saved.
+    stop_asked = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop_asked.append(True))
+
+    for phase, (seq_len, batch_size, grad_accum, steps) in plan.items():
+        sequences = batch_size * grad_accum * device.ranks  # of one optimizer step
+        settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
+        settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
+        final = args.out / f"phase{phase}.pt"
+        if final.exists():
+            check_same(final, load_checkpoint(final)["settings"], settings)
+            say(f"phase {phase} is finished ({final}); --fresh would start over")
+            continue
+        data = {split: Windows(args.data, phase, split, seq_len, config.vocab_size, fingerprint) for split in ("train", "val")}
+        tokens_per_step = sequences * seq_len
+        passes = steps * tokens_per_step / data["train"].n_tokens
+        say(f"\nphase {phase}, {PHASES[phase][0]}: {steps:,} steps of {sequences} x {seq_len:,} = {tokens_per_step:,} tokens,", end=" ")
+        say(f"{passes:.2f} times through {data['train'].n_tokens:,} tokens of {args.data}")
+
+        # Weights, optimizers and counters: of this phase's last checkpoint, of the phase before, or new.
+        torch.manual_seed(args.seed)
+        model = MODELS[args.model][0](config).to(device.torch)
+        model.checkpointing = args.checkpointing
+        optimizers = build_optimizers(model, peak_lr, args.weight_decay)
+        step, tokens, seconds, wall, best = 0, 0, 0.0, 0.0, math.inf
+        origin, same_phase = previous(args.out, phase)
+        if origin:
+            checkpoint = load_checkpoint(origin)
+            check_same(origin, checkpoint["settings"], settings if same_phase else {k: settings[k] for k in ("model", *vars(config))})
+            if checkpoint["tokenizer"] != tokenizer_json:
+                raise InputError(f"{origin} was trained with another tokenizer than that of {args.data}: use its data or another --out")
+            model.load_state_dict(checkpoint["weights"])
+            for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+                optimizer.load_state_dict(state)
+            tokens, seconds, wall = checkpoint["tokens"], checkpoint["seconds"], checkpoint["wall"]
+            if same_phase:
+                step, best = checkpoint["step"], checkpoint["best"]
+            say(f"continuing {origin} at step {step:,}" if same_phase else f"starting from {origin}")
+            del checkpoint
+        elif phase > 1:
+            say(f"no {args.out}/phase{phase - 1}.pt: starting from new weights (the curriculum would train --phase={phase - 1} first)")
+        if device.rank == 0:
+            trim_log(log, phase, step) if same_phase else trim_log(log, phase - 1, 10**9)
+        network = torch.compile(model) if args.compile else model
+        if device.ranks > 1:
+            network = DistributedDataParallel(network, device_ids=[device.torch] if device.torch.type == "cuda" else None)
+
+        # The loop: learning rate, micro-steps, clip, step, log, evaluate, save.
+        model.train()
+        losses, logged, began = [], (step, seconds), time.perf_counter()
+        while step < steps:
+            clock = time.perf_counter()
+            lr = lr_at(step, steps, peak_lr)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+            for micro in range(grad_accum):
+                first = ((step * grad_accum + micro) * device.ranks + device.rank) * batch_size  # number of a training example
+                x, y = device.put(data["train"].batch(args.seed, phase, first, batch_size))
+                # Gradients are averaged over the ranks once per step, in the backward pass of the last micro-step.
+                with network.no_sync() if device.ranks > 1 and micro < grad_accum - 1 else nullcontext():
+                    with device.autocast():
+                        _, loss = network(x, y)
+                    (loss / grad_accum).backward()
+                losses.append(loss.detach())
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+            step, tokens = step + 1, tokens + tokens_per_step
+
+            # Ranks agree on stopping when they meet to log, a single process stops at once.
+            ending = step == steps
+            log_now = ending or step % args.log_interval == 0 or (device.ranks == 1 and bool(stop_asked))
+            evaluate_now, save_now = ending or step % args.eval_interval == 0, ending or step % args.save_interval == 0
+            if log_now or evaluate_now or save_now:
+                device.wait()
+            seconds += time.perf_counter() - clock
+            total_wall = wall + time.perf_counter() - began
+            stopping = False
+            if log_now:
+                mean_loss, stops = device.sum([torch.stack(losses).mean().item() / device.ranks, float(bool(stop_asked))])
+                stopping = stops > 0 and not ending
+                per_step = (seconds - logged[1]) / (step - logged[0])
+                rate, mfu = tokens_per_step / per_step, config.flops_per_token(seq_len) * tokens_per_step / per_step / (peak * device.ranks)
+                eta = datetime.timedelta(seconds=round((steps - step) * per_step))
+                cost = f"  ${total_wall / 3600 * args.price:.2f}" if args.price else ""
+                say(
+                    f"phase {phase} step {step:>5,}/{steps:,}  loss {mean_loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}"
+                    f"  {per_step * 1e3:.0f} ms  {rate:,.0f} tokens/s  mfu {mfu:.1%}  eta {eta}{cost}",
+                    flush=True,
+                )
+                record(
+                    step=step, phase=phase, tokens=tokens, seconds=round(seconds, 3), loss=round(mean_loss, 5), lr=lr,
+                    grad_norm=round(grad_norm.item(), 5), tokens_per_s=round(rate, 1), mfu=round(mfu, 4),
+                )  # fmt: skip
+                if not math.isfinite(mean_loss):
+                    raise InputError(f"the loss is {mean_loss} at step {step}: start over with --fresh and a lower --lr than {peak_lr}")
+                losses, logged = [], (step, seconds)
+            improved = False
+            if evaluate_now:
+                val_loss, val_bpb = evaluate(model, data["val"], token_bytes, args.eval_tokens, batch_size, device)
+                say(f"phase {phase} step {step:>5,}/{steps:,}  validation loss {val_loss:.4f}  {val_bpb:.4f} bits per byte", flush=True)
+                record(
+                    step=step, phase=phase, tokens=tokens, seconds=round(seconds, 3), val_loss=round(val_loss, 5), val_bpb=round(val_bpb, 5)
+                )
+                improved, best = val_loss < best, min(best, val_loss)
+            if improved or save_now or stopping:
+                checkpoint = dict(
+                    model=args.model, config=dataclasses.asdict(config), weights=model.state_dict(), tokenizer=tokenizer_json,
+                    settings=settings, data_fingerprint=meta["fingerprint"], phase=phase, step=step, tokens=tokens, seconds=seconds,
+                    wall=total_wall, best=best,
+                )  # fmt: skip
+                if improved and device.rank == 0:
+                    save_checkpoint(args.out / f"phase{phase}_best.pt", checkpoint)
+                if save_now or stopping:
+                    checkpoint["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]  # gathered: all ranks take part
+                    if device.rank == 0:
+                        save_checkpoint(final if ending else last, checkpoint)
+                del checkpoint
+            if stopping:
+                break
+        if device.rank == 0:
+            draw_curves(args.out)
+        if step < steps:
+            say(f"stopped at step {step:,}; saved in {last}: the same command goes on from there")
+            raise SystemExit(130)
+        if device.rank == 0:
+            last.unlink(missing_ok=True)
+        device.barrier()
+        say(f"phase {phase} took {time.perf_counter() - began:.0f} s, evaluation included; weights in {final}")
+    say(f"\nnext: python sample.py --ckpt={args.out}")
+
+
+if __name__ == "__main__":
+    prepare.run(main)
