@@ -20,9 +20,9 @@ from tokenizers.decoders import DecodeStream
 
 import prepare
 from checkpoint import MODELS, find_checkpoint, load_model
+from device import choose_device
 from model import generate
 from prepare import ArgumentParser, InputError
-from train import choose_device
 
 
 def parse_args(argv=None):

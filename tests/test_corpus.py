@@ -215,7 +215,8 @@ def test_held_out_stories_are_new_but_their_operations_are_not():
     phrasings = [phrasing for story in stories for phrasing in story.phrasings]
     assert len(set(phrasings)) == len(phrasings) and all(len(story.phrasings) >= 2 for story in stories)
     assert {len(story.steps) for story in word_problems.STORIES} == {1, 2, 3, 4}
-    signs = [{word_problems.STEP.fullmatch(step)[2] for story in part for step in story.steps} for part in (word_problems.STORIES, word_problems.HELD_OUT)]
+    parts = (word_problems.STORIES, word_problems.HELD_OUT)
+    signs = [{word_problems.STEP.fullmatch(step)[2] for story in part for step in story.steps} for part in parts]
     assert signs[0] == set("+-*/") and signs[1] <= signs[0]
     assert len(numbers_of("test", 300)) == len(word_problems.HELD_OUT)
 

@@ -1,0 +1,362 @@
+"""train.py and sample.py as a user runs them: curriculum, exact resume after SIGKILL, two ranks, and what bad input gets."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tokenizers import Tokenizer
+
+import prepare
+from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
+from prepare import InputError
+from sample import prompt_ids, stream
+from train import FINAL_LR, Windows, check_same, epoch_order, lr_at
+
+SIZES = ["--n_layer=2", "--d_model=32", "--d_ff=48", "--head_dim=8", "--global_every=2", "--window=8"]
+SHORT = [*SIZES, "--seq_len=32", "--batch_size=4", "--eval_tokens=512", "--log_interval=5", "--device=cpu"]
+
+
+def call(script, *options, ranks=1, cwd=ROOT, **kwargs):
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300, **kwargs)
+
+
+def fails(script, *options, match, **kwargs):
+    """The script ends with exit code 2 and this one line."""
+    done = call(script, *options, **kwargs)
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.endswith("parameters, phase 3")]  # sample.py says first what it loaded
+    assert len(errors) == 1 and errors[0].startswith("error: ") and match in errors[0], done.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 7))) for _ in range(300)]
+    lines = [" ".join(words[i] for i in rng.zipf(1.5, 12) % 300).capitalize() + "." for _ in range(1500)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    done = call("prepare.py", folder / "text.txt", f"--out={folder / 'text'}", "--vocab_size=400")
+    assert done.returncode == 0, done.stderr
+    return folder / "text"
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of all three phases."""
+    out = tmp_path_factory.mktemp("run") / "flow"
+    done = call("train.py", f"--data={data}", f"--out={out}", "--steps=20", "--eval_interval=10", *SHORT)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# ---- pure functions ----
+
+
+def test_learning_rate_warms_up_and_falls_to_its_end():
+    rates = [lr_at(step, 1000, 0.01) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01 / 20) and max(rates) == rates[20] == 0.01
+    assert all(a < b for a, b in zip(rates[:19], rates[1:20])) and all(a > b for a, b in zip(rates[20:], rates[21:]))
+    assert rates[-1] == pytest.approx(0.01 * FINAL_LR, rel=0.01)
+    assert lr_at(0, 1, 0.01) == 0.01
+
+
+def write_shards(folder, sizes):
+    """Shards that count 0, 1, 2, ... on, with the meta.json that lists them."""
+    names, start = [], 0
+    for n, size in enumerate(sizes):
+        names.append(f"phase1_train_{n:05d}.bin")
+        prepare.write_shard(folder / names[-1], np.arange(start, start + size, dtype=np.uint16), 60_000, size, 7)
+        start += size
+    meta = {"vocab_size": 60_000, "fingerprint": "x", "phases": {"1": {"train": {"shards": names}}}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_an_epoch_visits_every_window_once_and_batches_depend_on_their_number_only(tmp_path):
+    write_shards(tmp_path, [105, 42, 11])
+    windows = Windows(tmp_path, 1, "train", 10, 60_000, 7)
+    assert windows.n_windows == 10 + 4 + 1
+    epoch = windows.batch(3, 1, 0, 15)
+    assert epoch.shape == (15, 11) and (np.diff(epoch, axis=1) == 1).all()  # a window never runs over the end of a shard
+    order, offset = epoch_order(15, 10, 3, 1, 0)
+    assert sorted(order) == list(range(15))
+    ends = np.array([105, 147, 158])
+    shard = np.searchsorted(ends, epoch[:, 0], side="right")
+    assert np.bincount(shard).tolist() == [10, 4, 1]
+    assert (epoch[:, -1] < ends[shard]).all()
+    parts = np.concatenate([windows.batch(3, 1, first, 5) for first in (0, 5, 10)])
+    assert (parts == epoch).all() and (windows.batch(3, 1, 15, 15) != epoch).any() and (windows.batch(4, 1, 0, 15) != epoch).any()
+
+
+def test_foreign_shards_are_refused(tmp_path):
+    write_shards(tmp_path, [50])
+    with pytest.raises(InputError, match="holds 50 tokens, a window of phase 1 needs 65: prepare more text or lower --seq_len"):
+        Windows(tmp_path, 1, "train", 64, 60_000, 7)
+    with pytest.raises(InputError, match="another tokenizer"):
+        Windows(tmp_path, 1, "train", 10, 1024, 7)
+    with open(tmp_path / "phase1_train_00000.bin", "r+b") as file:
+        file.truncate(1060)
+    with pytest.raises(InputError, match="its header says 100"):
+        Windows(tmp_path, 1, "train", 10, 60_000, 7)
+
+
+def test_settings_that_differ_are_named():
+    with pytest.raises(InputError, match=r"lr is 0.1 there, 0.2 here; steps is None there, 3 here.*--fresh"):
+        check_same(Path("x.pt"), {"lr": 0.1, "seed": 1}, {"lr": 0.2, "seed": 1, "steps": 3})
+
+
+# ---- a run ----
+
+
+def test_a_run_leaves_checkpoints_log_and_curves(finished, data):
+    assert {f.name for f in finished.iterdir()} == {
+        *(f"phase{n}.pt" for n in (1, 2, 3)), *(f"phase{n}_best.pt" for n in (1, 2, 3)), "log.jsonl", "curves.png",
+    }  # fmt: skip
+    lines = log_of(finished)
+    train, val = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
+    assert set(train[0]) == {"step", "phase", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}
+    assert set(val[0]) == {"step", "phase", "tokens", "seconds", "val_loss", "val_bpb"}
+    assert [(x["phase"], x["step"]) for x in train] == [(p, s) for p in (1, 2, 3) for s in (5, 10, 15, 20)]
+    assert [(x["phase"], x["step"]) for x in val] == [(p, s) for p in (1, 2, 3) for s in (10, 20)]
+    assert train[-1]["tokens"] == 3 * 20 * 4 * 32
+    assert val[-1]["val_loss"] < val[0]["val_loss"] < np.log(400)
+    checkpoint = load_checkpoint(finished / "phase3.pt")
+    assert {"model", "config", "weights", "optimizer", "step", "phase", "data_fingerprint", "tokenizer"} <= checkpoint.keys()
+    assert checkpoint["data_fingerprint"] == prepare.load_meta(data)["fingerprint"]
+    again = call("train.py", f"--data={data}", f"--out={finished}", "--steps=20", *SHORT)
+    assert again.returncode == 0 and again.stdout.count("is finished") == 3 and log_of(finished) == lines
+
+
+def test_bits_per_byte_are_those_of_the_text(finished, data):
+    """The last evaluation against the loss of every token of the validation text, summed one window at a time."""
+    model, tokenizer, _ = load_model(finished / "phase3.pt")
+    tokens = np.concatenate([prepare.read_shard(path)[1] for path in prepare.shard_paths(data, 3, "val")]).astype(np.int64)
+    n = min((len(tokens) - 1) // 32, 512 // 32)
+    starts = np.linspace(0, (len(tokens) - 1) // 32 - 1, n).round().astype(int) * 32
+    nats = sum(model(torch.tensor(tokens[None, s : s + 32]), torch.tensor(tokens[None, s + 1 : s + 33]))[1].item() * 32 for s in starts)
+    text = sum(len(tokenizer.decode(tokens[s + 1 : s + 33].tolist(), skip_special_tokens=True).encode()) for s in starts)
+    last = [x for x in log_of(finished) if "val_bpb" in x][-1]
+    assert last["val_bpb"] == pytest.approx(nats / np.log(2) / text, rel=0.01)  # training evaluates in bf16 where there is bf16
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    assert call("train.py", f"--data={data}", f"--out={out}", *RESUME).returncode == 0
+    return out
+
+
+RESUME = ["--phase=1", "--steps=60", "--save_interval=7", "--eval_interval=20", *SHORT]
+
+
+def same_weights(a, b):
+    a, b = load_checkpoint(a)["weights"], load_checkpoint(b)["weights"]
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("lines", [1, 7])
+def test_killed_and_started_again_ends_in_the_same_weights(uninterrupted, data, tmp_path, lines):
+    command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--out={tmp_path}", *RESUME]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= lines):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "phase1.pt").exists()
+    again = call("train.py", f"--data={data}", f"--out={tmp_path}", *RESUME)
+    assert again.returncode == 0, again.stderr
+    assert ("continuing" in again.stdout) == (lines == 7)  # killed before the first checkpoint it starts anew
+    assert same_weights(tmp_path / "phase1.pt", uninterrupted / "phase1.pt")
+    steps = [(x["step"], "loss" in x) for x in log_of(tmp_path)]
+    assert len(steps) == len(set(steps)) and steps == [(x["step"], "loss" in x) for x in log_of(uninterrupted)]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(uninterrupted, data, tmp_path):
+    command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--out={tmp_path}", *RESUME]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step    10/60" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "the same command goes on" in rest and (tmp_path / "last.pt").exists()
+    fails("train.py", f"--data={data}", f"--out={tmp_path}", *RESUME, "--lr=0.5", match="lr is 0.016 there, 0.5 here")
+    assert call("train.py", f"--data={data}", f"--out={tmp_path}", *RESUME).returncode == 0
+    assert same_weights(tmp_path / "phase1.pt", uninterrupted / "phase1.pt")
+
+
+def test_two_ranks_equal_one_and_resume(data, tmp_path):
+    common = [f"--data={data}", "--phase=3", "--steps=12", "--save_interval=5", *SHORT]
+    one = call("train.py", *common, f"--out={tmp_path / 'one'}", "--batch_size=8", "--grad_accum=1")
+    two = call("train.py", *common, f"--out={tmp_path / 'two'}", "--batch_size=2", "--grad_accum=2", ranks=2)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    assert "starting from new weights" in one.stdout
+    for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-3)
+        assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), abs=2e-3)
+    # As if killed at step 10: the last checkpoint of two ranks, made again by stopping there.
+    checkpoint = load_checkpoint(tmp_path / "two" / "phase3.pt")
+    stopped = tmp_path / "stopped"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py"]
+    process = subprocess.Popen(
+        [*launcher, *common, f"--out={stopped}", "--batch_size=2", "--grad_accum=2"], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (stopped / "last.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    again = call("train.py", *common, f"--out={stopped}", "--batch_size=2", "--grad_accum=2", ranks=2)
+    assert again.returncode == 0, again.stderr
+    for name, weight in load_checkpoint(stopped / "phase3.pt")["weights"].items():
+        torch.testing.assert_close(weight, checkpoint["weights"][name], atol=1e-3, rtol=0)
+
+
+def test_fresh_starts_over(data, tmp_path):
+    command = ["train.py", f"--data={data}", f"--out={tmp_path}", "--phase=1", *SHORT]
+    assert call(*command, "--steps=5").returncode == 0
+    fails(*command, "--steps=6", match="steps is 5 there, 6 here")
+    assert call(*command, "--steps=6", "--fresh").returncode == 0
+    assert load_checkpoint(tmp_path / "phase1.pt")["step"] == 6 and [x["step"] for x in log_of(tmp_path)] == [5, 6, 6]
+
+
+# ---- what bad input gets ----
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (["--n_head=3"], "n_head=3 is not divisible by n_kv_head=2"),
+        (["--head_dim=15"], "head_dim=15 is odd"),
+        (["--seq_len=1000000"], "a window of phase 1 needs 1,000,001"),
+        (["--data=nowhere"], "nowhere holds no prepared data: make it with"),
+        (["--lr=-1"], "--lr=-1.0 must be positive"),
+        (["--layers=3"], "--layers"),
+        (["--preset=huge"], "huge"),
+        (["--device=tpu"], "--device=tpu cannot be used here"),
+    ],
+)
+def test_bad_options_of_train(data, tmp_path, options, match):
+    fails("train.py", f"--data={data}", f"--out={tmp_path}", "--steps=2", "--device=cpu", *options, match=match)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_unreadable_checkpoints_are_refused(finished, tmp_path):
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((finished / "phase3.pt").read_bytes()[:-2000])
+    with pytest.raises(InputError, match="cut short or not a checkpoint"):
+        load_checkpoint(cut)
+    torch.save({"weights": {}}, tmp_path / "foreign.pt")
+    with pytest.raises(InputError, match="not a checkpoint of this project"):
+        load_checkpoint(tmp_path / "foreign.pt")
+    checkpoint = load_checkpoint(finished / "phase3.pt")
+    save_checkpoint(tmp_path / "other.pt", checkpoint | {"model": "other"})
+    with pytest.raises(InputError, match="holds a other model, not flow"):
+        load_model(tmp_path / "other.pt")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"x": 1})
+    code = (
+        "import resource, signal, torch; from pathlib import Path; from checkpoint import save_checkpoint; import prepare\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"prepare.run(lambda: save_checkpoint(Path({str(tmp_path / 'a.pt')!r}), {{'x': torch.zeros(100_000)}}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- sample.py ----
+
+
+def test_the_newest_checkpoint_is_found(finished, tmp_path):
+    assert find_checkpoint(str(finished)) == finished / "phase3.pt"
+    os.utime(finished / "phase2.pt")
+    assert find_checkpoint(str(finished)) == finished / "phase2.pt"
+    os.utime(finished / "phase3.pt")
+    with pytest.raises(InputError, match="holds no checkpoint yet: make one with `python train.py`"):
+        find_checkpoint(str(tmp_path))
+    fails("sample.py", match="make one with `python train.py`", cwd=tmp_path)
+
+
+def test_sampling_reproduces_and_streams(finished):
+    def text(*options):
+        done = call("sample.py", f"--ckpt={finished}", "--max_new_tokens=40", *options)
+        assert done.returncode == 0 and "tokens/s]" in done.stderr, done.stderr
+        return done.stdout
+
+    assert text("--prompt=Abc", "--seed=1") == text("--prompt=Abc", "--seed=1") != text("--prompt=Abc", "--seed=2")
+    assert text("--prompt=Abc").startswith("Abc")
+    several = text("--num_samples=3", "--seed=1").split("\n---\n")
+    assert len(several) == 4 and len(set(several[:3])) == 3
+    assert text("--temperature=0", "--top_k=5", "--top_p=0.5") == text("--temperature=0", "--seed=9")
+
+
+def test_a_file_of_prompts(finished, tmp_path):
+    (tmp_path / "questions.txt").write_text("Abc\n\nA much longer line of the prompts file.\nAbc\n")
+    options = [
+        f"--ckpt={finished}",
+        f"--prompts_file={tmp_path / 'questions.txt'}",
+        f"--output={tmp_path / 'answers.jsonl'}",
+        "--temperature=0",
+    ]
+    assert call("sample.py", *options, "--max_new_tokens=20", "--batch_size=2").returncode == 0
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [a["prompt"] for a in answers] == ["Abc", "A much longer line of the prompts file.", "Abc"]
+    alone = call("sample.py", f"--ckpt={finished}", "--prompt=Abc", "--temperature=0", "--max_new_tokens=20").stdout
+    assert answers[0] == answers[2] and "Abc" + answers[0]["completion"] == alone[:-1]
+    fails("sample.py", *options, match="answers.jsonl exists")
+
+
+def test_chat_keeps_to_the_window(finished):
+    turns = "\n".join(["Abc def?"] * 30)
+    done = call("sample.py", f"--ckpt={finished}", "--chat", "--max_new_tokens=100", input=turns)
+    assert done.returncode == 0 and done.stderr.count("tokens/s]") == 30 and "no longer fit" in done.stderr
+
+
+def test_streaming_never_shows_half_a_character():
+    tokenizer = prepare.train_tokenizer(["plain text"], 300)
+    text = "a é 漢字 🙂 z"
+    ids = prepare.plain_ids(tokenizer, text)
+    pieces = list(stream(tokenizer, iter(ids)))
+    assert "".join(pieces) == text and len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
+    cut = list(stream(tokenizer, iter(ids[:-4])))  # ends inside the emoji
+    assert "".join(cut).startswith("a é 漢字 ") and "\ufffd" in cut[-1]
+
+
+def test_prompts_begin_a_document_and_cannot_smuggle_special_tokens():
+    tokenizer = Tokenizer.from_str(prepare.train_tokenizer(["some text <|im_end|>"], 300).to_str())
+    ids = prompt_ids(tokenizer, "hi <|im_end|>")
+    assert ids[0] == 0 and not {0, 1, 2, 3} & set(ids[1:])
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (["--temperature=-1"], "--temperature=-1.0 cannot be negative"),
+        (["--top_p=2"], "--top_p=2.0 must be above 0"),
+        (["--prompts_file=x"], "go together"),
+        (["--ckpt=nowhere.pt"], "holds no checkpoint yet"),
+        (["--prompt=" + "word " * 3000], "the prompt has"),
+    ],
+)
+def test_bad_options_of_sample(finished, options, match):
+    fails("sample.py", f"--ckpt={finished}", *options, match=match)
