@@ -32,14 +32,16 @@ def draw(runs: list[Path], picture: Path):
     loss_axis, bits_axis, lr_axis = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
     for n, (folder, lines) in enumerate(logs.items()):
         train, val = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
-        seen, at, color = [x["tokens"] for x in train], [x["tokens"] for x in val], f"C{n}"
+        seen, color = [x["tokens"] for x in train], f"C{n}"
         loss_axis.plot(seen, [x["loss"] for x in train], color=color, lw=0.8, alpha=0.6, label=f"{folder.name}, training")
-        loss_axis.plot(at, [x["val_loss"] for x in val], color=color, marker="o", ms=4, label=f"{folder.name}, validation")
-        bits_axis.plot(at, [x["val_bpb"] for x in val], color=color, marker="o", ms=4)
+        for phase in sorted({x["phase"] for x in val}):  # each phase has its own validation text: no line from one to the next
+            points = [x for x in val if x["phase"] == phase]
+            at, last = [x["tokens"] for x in points], points[-1]["val_bpb"]
+            name = f"{folder.name}, validation" if phase == val[0]["phase"] else None
+            loss_axis.plot(at, [x["val_loss"] for x in points], color=color, marker="o", ms=4, label=name)
+            bits_axis.plot(at, [x["val_bpb"] for x in points], color=color, marker="o", ms=4)
+            bits_axis.annotate(f"{last:.3f}", (at[-1], last), xytext=(-4, 8), textcoords="offset points", ha="right")
         lr_axis.plot(seen, [x["lr"] for x in train], color=color)
-        if val:
-            last = val[-1]["val_bpb"]
-            bits_axis.annotate(f"{last:.3f}", (at[-1], last), xytext=(-4, 6), textcoords="offset points", ha="right")
         for phase in sorted({x["phase"] for x in lines}):
             start = max((x["tokens"] for x in lines if x["phase"] < phase), default=0)
             if n == 0:
