@@ -204,17 +204,22 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(uninterrupted, data, tmp_path
 
 
 def test_two_ranks_equal_one_and_resume(data, tmp_path):
-    common = [f"--data={data}", "--phase=3", "--steps=40", "--save_interval=5", *SHORT]
-    one = call("train.py", *common, f"--out={tmp_path / 'one'}", "--batch_size=8", "--grad_accum=1")
-    two = call("train.py", *common, f"--out={tmp_path / 'two'}", "--batch_size=2", "--grad_accum=2", ranks=2)
+    common = [f"--data={data}", "--phase=3", *SHORT]
+    one = call("train.py", *common, "--steps=12", f"--out={tmp_path / 'one'}", "--batch_size=8", "--grad_accum=1")
+    two = call("train.py", *common, "--steps=12", f"--out={tmp_path / 'two'}", "--batch_size=2", "--grad_accum=2", ranks=2)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     assert "starting from new weights" in one.stdout
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-3)
         assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), abs=2e-3)
+
+
+def test_two_ranks_stop_together_and_resume(data, tmp_path):
+    common = [f"--data={data}", "--phase=3", "--steps=40", "--save_interval=5", *SHORT]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert call("train.py", *common, f"--out={whole}", "--batch_size=2", "--grad_accum=2", ranks=2).returncode == 0
+    checkpoint = load_checkpoint(whole / "phase3.pt")
     # A termination notice in the middle: both ranks stop together with everything saved, and the same command goes on.
-    checkpoint = load_checkpoint(tmp_path / "two" / "phase3.pt")
-    stopped = tmp_path / "stopped"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py"]
     process = subprocess.Popen(
         [*launcher, *common, f"--out={stopped}", "--batch_size=2", "--grad_accum=2"], cwd=ROOT, stderr=subprocess.DEVNULL
