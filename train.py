@@ -47,8 +47,8 @@ class Recipe:
     lr: float
 
 
-# nano's figures come from sweeps on two CPU cores. The learning rates of the others follow from nano's by 1/sqrt(d_model),
-# which keeps the relative size of Muon's update, and their steps give 20 tokens per parameter: both not yet tried.
+# nano's learning rate won a sweep over 0.004 to 0.03 at 100 steps; its steps fit about ten minutes on two CPU cores. The others'
+# rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per parameter: neither has been tried.
 RECIPES = {
     "nano": Recipe(2048, 1, (2000, 1000, 500), 0.016),
     "small": Recipe(32_768, 1, (8_000, 5_000, 3_000), 0.008),

@@ -45,7 +45,7 @@ def test_equals_torch_muon():
         b.step()
         for p, q, old in zip(ours, theirs, before):
             update = (p - old).norm()
-            assert (p - q).norm() < 1e-3 * p.norm() and (p - q).norm() < 0.02 * update
+            assert (p - q).norm() < 1e-3 * p.norm() and (p - q).norm() < 1e-3 * update
             with torch.no_grad():
                 q.copy_(p)  # bf16 rounding of the batched and the single product differs; it must not add up here
 

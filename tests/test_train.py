@@ -203,7 +203,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(uninterrupted, data, tmp_path
     assert same_weights(tmp_path / "phase1.pt", uninterrupted / "phase1.pt")
 
 
-def test_two_ranks_equal_one_and_resume(data, tmp_path):
+def test_two_ranks_equal_one(data, tmp_path):
     common = [f"--data={data}", "--phase=3", *SHORT]
     one = call("train.py", *common, "--steps=12", f"--out={tmp_path / 'one'}", "--batch_size=8", "--grad_accum=1")
     two = call("train.py", *common, "--steps=12", f"--out={tmp_path / 'two'}", "--batch_size=2", "--grad_accum=2", ranks=2)
@@ -211,7 +211,7 @@ def test_two_ranks_equal_one_and_resume(data, tmp_path):
     assert "starting from new weights" in one.stdout
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-3)
-        assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), abs=2e-3)
+        assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), abs=1e-3)
 
 
 def test_two_ranks_stop_together_and_resume(data, tmp_path):
