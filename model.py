@@ -10,7 +10,6 @@ Hugging Face loads into it unchanged (`Flow.from_pretrained`).
 B batch, T new tokens, S keys seen, C = d_model, H query heads, K key/value heads, D = head_dim, V vocabulary.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from huggingface import config_from_hf, hf_name, read_weights
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ PRESETS: dict[str, FlowConfig] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- building blocks
+# ---- building blocks ----
 
 
 class RMSNorm(nn.Module):
@@ -131,15 +132,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v with shared key heads.  q [B, H, T, D], k and v [B, K, S, D], mask bool [T, S], True = may look."""
+    (B, H, T, D), K = q.shape, k.size(1)
+    # The query heads of one key head are stacked: no copies of the keys, and no enable_gqa, which together with a mask leaves
+    # CUDA only the kernel that materialises all scores.
+    q = q.reshape(B, K, H // K * T, D)
+    mask = None if mask is None else mask.repeat(H // K, 1)  # [H/K * T, S]
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
     # On a CPU three plain operations train 1.3 to 2 times as fast as the fused kernel, whose bf16 backward is slow.
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    scores = (q * D**-0.5).reshape(B, K, H // K * T, D) @ k.mT  # the query heads of one key head stacked: [B, K, H/K * T, S]
+    scores = (q * D**-0.5) @ k.mT  # [B, K, H/K * T, S]
     if mask is not None:
-        bias = torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-        scores = scores.view(B, K, H // K, T, S) + bias
-    return (scores.softmax(-1).view(B, K, H // K * T, S) @ v).view(B, H, T, D)
+        scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    return (scores.softmax(-1) @ v).view(B, H, T, D)
 
 
 def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -164,9 +168,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk:
         return out.transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
     if window is not None and T <= window:
         window = None
-    if q.device.type != "cpu" and window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if q.device.type != "cpu":
+        if window is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         chunk = T
     out, pos = [], torch.arange(T, device=q.device)
     for i in range(0, T, chunk):  # queries i to j look at keys lo to j: neither the future nor a lost past is computed
@@ -200,9 +204,8 @@ class KVCache:
             cache_k[:, :, pos % size], cache_v[:, :, pos % size] = k[:, :, 0], v[:, :, 0]
             n = min(pos + 1, size)
             return attend(q, cache_k[:, :, :n], cache_v[:, :, :n], None)
-        past = new.new_empty(0) if pos == 0 else torch.arange(max(0, pos - size), pos, device=q.device)
+        past, kept = torch.arange(max(0, pos - size), pos, device=q.device), new[-size:]
         keys, values = (torch.cat([c[:, :, past % size], x], dim=2) for c, x in ((cache_k, k), (cache_v, v)))
-        kept = new[-size:]
         cache_k[:, :, kept % size], cache_v[:, :, kept % size] = k[:, :, -size:], v[:, :, -size:]
         if pos == 0:
             return causal_attention(q, k, v, window)
@@ -291,7 +294,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * grad, grad_w * grad, None
 
 
-# ------------------------------------------------------------------------------------------------------------------- Flow
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """LinearCrossEntropy, without its gradient where none is recorded: a Function sees that a parameter wants one, no_grad or not."""
+    return LinearCrossEntropy.apply(x, weight if torch.is_grad_enabled() else weight.detach(), targets)
+
+
+# ---- Flow ----
 
 
 class Flow(nn.Module):
@@ -329,7 +337,7 @@ class Flow(nn.Module):
         rope = rope_table(start, start + T, self.config.head_dim, self.config.rope_theta, idx.device)
         x = self.token_embedding(idx)
         for block in self.layers:
-            if self.checkpointing and self.training:
+            if self.checkpointing and self.training and state is None:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope, state)
@@ -339,7 +347,7 @@ class Flow(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x), None
-        return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight.to(x.dtype), targets.flatten())
+        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight.to(x.dtype), targets.flatten())
 
     def init_state(self, batch_size: int, max_len: int) -> KVCache:
         """An empty cache for `batch_size` sequences of at most `max_len` tokens, in the dtype and on the device of the weights."""
@@ -354,36 +362,26 @@ class Flow(nn.Module):
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32) -> "Flow":
         """A Flow with the weights of a Qwen3-type Hugging Face folder (config.json and safetensors, sharded or not).
 
-        Raises FileNotFoundError when a file is missing, ValueError when the folder holds another architecture.
+        Raises FileNotFoundError when a file is missing, ValueError when one is broken or the folder holds another architecture.
         """
-        from safetensors import safe_open
-
-        path = Path(path)
-        hf = json.loads((path / "config.json").read_text())
-        config = config_from_hf(hf, str(path))
-        index = path / "model.safetensors.index.json"
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        weights = {}
-        for shard in shards:
-            if not (path / shard).exists():
-                raise FileNotFoundError(f"{path / shard} is missing: download the folder again")
-            with safe_open(path / shard, framework="pt") as file:
-                weights.update((name, file.get_tensor(name).to(dtype)) for name in file.keys())
+        config = FlowConfig(**config_from_hf(Path(path)))
+        weights = read_weights(Path(path), dtype)
         with torch.device("meta"):  # sizes without memory; the loaded tensors become the parameters
             model = cls(config)
-        names = {hf_name(name): name for name in model.state_dict()}
-        if config.tie_embeddings:
+        if config.tie_embeddings and "model.embed_tokens.weight" in weights:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        if weights.keys() != names.keys():
-            strange = sorted(weights.keys() ^ names.keys())
-            raise ValueError(f"{path} holds other weights than a {config.n_layer}-layer Qwen3: {', '.join(strange[:4])}")
-        model.load_state_dict({names[name]: w for name, w in weights.items()}, assign=True)
+        theirs = {name: hf_name(name) for name in model.state_dict()}
+        shapes = {theirs[name]: tensor.shape for name, tensor in model.state_dict().items()}
+        strange = [n for n in sorted(weights.keys() | shapes) if n not in weights or weights[n].shape != shapes.get(n)]
+        if strange:
+            raise ValueError(f"{path} holds other weights than its config.json says: {', '.join(strange[:4])}")
+        model.load_state_dict({name: weights[theirs[name]] for name in theirs}, assign=True)
         if config.tie_embeddings:
             model.lm_head.weight = model.token_embedding.weight
         return model
 
 
-# ------------------------------------------------------------------------------------------------------------- generation
+# ---- generation ----
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -438,60 +436,6 @@ def generate(
         if bool((done | (t + 1 >= lengths + max_new_tokens)).all()):
             return
         tokens = torch.where(reading, table[:, min(t, longest - 1)], new)[:, None]
-
-
-# ----------------------------------------------------------------------------------------------------------- Hugging Face
-
-
-def hf_name(name: str) -> str:
-    """The name of one of Flow's weights in a Qwen3ForCausalLM."""
-    for ours, theirs in (
-        ("token_embedding.", "model.embed_tokens."),
-        ("layers.", "model.layers."),
-        (".attn_norm.", ".input_layernorm."),
-        (".mlp_norm.", ".post_attention_layernorm."),
-        (".attn.", ".self_attn."),
-    ):
-        name = name.replace(ours, theirs)
-    return f"model.{name}" if name == "norm.weight" else name
-
-
-def config_from_hf(hf: dict, source: str) -> FlowConfig:
-    """A FlowConfig from the config.json of a Qwen3 model, old notation or new. Raises ValueError for what Flow cannot do."""
-    if hf.get("model_type") != "qwen3":
-        raise ValueError(f"{source} is a {hf.get('model_type')!r} model, Flow reads model_type 'qwen3' only")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    if scaled or hf.get("attention_bias") or hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{source} uses scaled RoPE, attention biases or another activation than SiLU, which Flow does not have")
-    n_layer = hf["num_hidden_layers"]
-    types = hf.get("layer_types")
-    if types is None:  # before layer_types: the layers from max_window_layers on slide, when sliding is switched on at all
-        slide_from = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") and hf.get("sliding_window") else n_layer
-        types = ["full_attention" if i < slide_from else "sliding_attention" for i in range(n_layer)]
-    global_layers = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
-    if set(types) - {"full_attention", "sliding_attention"} or len(types) != n_layer:
-        kinds = "full_attention and sliding_attention"
-        raise ValueError(f"{source} has layer_types {sorted(set(types))} for {n_layer} layers, Flow knows {kinds}")
-    # The usual pattern keeps its short name, so that export and import give the same config.
-    every = global_layers[0] + 1 if global_layers else n_layer + 1
-    regular = global_layers == tuple(i for i in range(n_layer) if (i + 1) % every == 0)
-    return FlowConfig(
-        vocab_size=hf["vocab_size"],
-        n_layer=n_layer,
-        n_head=hf["num_attention_heads"],
-        n_kv_head=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        d_model=hf["hidden_size"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        d_ff=hf["intermediate_size"],
-        window=hf.get("sliding_window") or hf["max_position_embeddings"],
-        global_every=every,
-        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)),
-        norm_eps=hf["rms_norm_eps"],
-        max_seq_len=hf["max_position_embeddings"],
-        tie_embeddings=hf.get("tie_word_embeddings", False),
-        global_layers=None if regular else global_layers,
-    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from tqdm import tqdm
 
 import prepare
 from checkpoint import MODELS, find_checkpoint, load_model
@@ -47,8 +48,12 @@ def parse_args(argv=None):
             raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
     if args.temperature < 0:
         raise InputError(f"--temperature={args.temperature} cannot be negative: 0 is greedy, 1 the model's own distribution")
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
+        raise InputError(f"--temperature={args.temperature} is out of range: expected 0 (greedy) or 0.01 to 100")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise InputError(f"--top_p={args.top_p} must be above 0 and at most 1")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed={args.seed} must be at least 0 and below 2**63")
     if (args.prompts_file is None) != (args.output is None):
         raise InputError("--prompts_file and --output go together: one names the questions, the other where the answers go")
     if args.prompts_file and args.prompt is not None:
@@ -91,14 +96,16 @@ def stream(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
-def write(model, tokenizer: Tokenizer, ids: list[int], args, stop_ids: list[int]) -> str:
-    """Print one continuation as it is made; returns it."""
+def write(model, tokenizer: Tokenizer, ids: list[int], args, stop_ids: list[int], before: str = "") -> str:
+    """Print one continuation of `before` as it is made; returns it. Raises InputError, with nothing printed, if it is too long."""
+    new = room(model.config, len(ids), args)
     parts, count, start = [], 0, time.perf_counter()
+    print(before, end="", flush=True)
 
     def tokens():
         nonlocal count
         options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_ids=stop_ids)
-        for step in generate(model, [ids], room(model.config, len(ids), args), **options):
+        for step in generate(model, [ids], new, **options):
             count += 1
             yield int(step[0])
 
@@ -114,9 +121,8 @@ def report(count: int, seconds: float):
     print(f"[{count:,} tokens, {count / seconds:,.0f} tokens/s]", file=sys.stderr)
 
 
-def batch(model, tokenizer: Tokenizer, prompts: list[list[int]], args, stop_ids: list[int]) -> tuple[list[str], int]:
-    """(the continuation of every prompt, tokens made in all)"""
-    new = room(model.config, max(map(len, prompts)), args)
+def batch(model, tokenizer: Tokenizer, prompts: list[list[int]], new: int, args, stop_ids: list[int]) -> tuple[list[str], int]:
+    """(the continuation of every prompt by at most `new` tokens, tokens made in all)"""
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, stop_ids=stop_ids)
     rows = torch.stack(list(generate(model, prompts, new, **options)), dim=1).tolist()
     rows = [[token for token in row if token >= 0] for row in rows]
@@ -125,23 +131,21 @@ def batch(model, tokenizer: Tokenizer, prompts: list[list[int]], args, stop_ids:
 
 def answer_file(model, tokenizer: Tokenizer, encode, args, stop_ids: list[int]):
     """One JSON line {"prompt", "completion"} per line of the file and sample, written as soon as its batch is done."""
-    from tqdm import tqdm
-
     if args.output.exists():
         raise InputError(f"{args.output} exists: remove it or name another --output")
     try:
-        lines = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in args.prompts_file.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as problem:
         raise InputError(f"{args.prompts_file} is not UTF-8 at byte {problem.start}: convert it first") from problem
     prompts = [line for line in lines if line for _ in range(args.num_samples)]
     if not prompts:
         raise InputError(f"{args.prompts_file} holds no prompts: write one per line")
     encoded = [encode(prompt) for prompt in prompts]
-    room(model.config, max(map(len, encoded)), args)  # before anything is written
+    new = room(model.config, max(map(len, encoded)), args)
     count, start = 0, time.perf_counter()
     with open(args.output, "w", encoding="utf-8") as file, tqdm(total=len(prompts), unit="prompts") as bar:
         for i in range(0, len(prompts), args.batch_size):
-            texts, made = batch(model, tokenizer, encoded[i : i + args.batch_size], args, stop_ids)
+            texts, made = batch(model, tokenizer, encoded[i : i + args.batch_size], new, args, stop_ids)
             for prompt, text in zip(prompts[i:], texts):
                 file.write(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
             file.flush()
@@ -161,19 +165,19 @@ def chat(model, tokenizer: Tokenizer, args, stop_ids: list[int]):
             return
         if not question:
             continue
-        messages.append({"role": "user", "content": question})
-        forgotten = 0
-        while limit and len(messages) > 1 and len(conversation_ids(tokenizer, messages)) + args.max_new_tokens > limit:
-            messages, forgotten = messages[2:], forgotten + 1
-        if forgotten:
-            print(f"[the oldest {forgotten} of the turns no longer fit and are forgotten]", file=sys.stderr)
+        turns = [*messages, {"role": "user", "content": question}]
         try:
-            text = write(model, tokenizer, conversation_ids(tokenizer, messages), args, stop_ids)
-        except InputError as problem:  # a question longer than the model reads: the conversation goes on without it
+            ids = conversation_ids(tokenizer, turns)
+            while limit and len(turns) > 1 and len(ids) + min(args.max_new_tokens, limit // 2) > limit:
+                turns = turns[2:]
+                ids = conversation_ids(tokenizer, turns)
+            text = write(model, tokenizer, ids, args, stop_ids)
+        except InputError as problem:  # such as a question longer than the model reads: the conversation goes on without it
             print(f"error: {problem}", file=sys.stderr)
-            messages.pop()
             continue
-        messages.append({"role": "assistant", "content": text})
+        if len(turns) <= len(messages):
+            print(f"[the oldest {(len(messages) + 1 - len(turns)) // 2} of the turns no longer fit and are forgotten]", file=sys.stderr)
+        messages = [*turns, {"role": "assistant", "content": text}]
 
 
 def main(argv=None):
@@ -191,19 +195,19 @@ def main(argv=None):
     def encode(text: str) -> list[int]:
         return conversation_ids(tokenizer, [{"role": "user", "content": text}]) if args.chat else prompt_ids(tokenizer, text)
 
+    prompt = args.prompt or ""
+    before = "" if args.chat else prompt  # what is printed before its continuation
     if args.prompts_file:
         answer_file(model, tokenizer, encode, args, stop_ids)
     elif args.chat and args.prompt is None:
         chat(model, tokenizer, args, stop_ids)
     elif args.num_samples == 1:
-        if not args.chat:
-            print(args.prompt or "", end="")
-        write(model, tokenizer, encode(args.prompt or ""), args, stop_ids)
+        write(model, tokenizer, encode(prompt), args, stop_ids, before)
     else:
-        start = time.perf_counter()
-        texts, count = batch(model, tokenizer, [encode(args.prompt or "")] * args.num_samples, args, stop_ids)
+        ids, start = encode(prompt), time.perf_counter()
+        texts, count = batch(model, tokenizer, [ids] * args.num_samples, room(model.config, len(ids), args), args, stop_ids)
         for text in texts:
-            print(("" if args.chat else args.prompt or "") + text, end="\n---\n")
+            print(before + text, end="\n---\n")
         report(count, time.perf_counter() - start)
 
 

@@ -39,13 +39,13 @@ def hub_filesystem():
 
 
 @contextlib.contextmanager
-def hub_errors(name: str):
-    """What goes wrong with the network or the hub as an InputError."""
+def hub_errors(name: str, *more: type[Exception]):
+    """What goes wrong with the network or the hub, and the exceptions in `more`, as an InputError."""
     from huggingface_hub.errors import HTTPError
 
     try:
         yield
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, *more) as error:
         raise InputError(f"{name}: {' '.join(str(error).split())}: check the address, the network and hf auth login") from None
 
 
@@ -54,7 +54,7 @@ def source_files(name: str) -> list[tuple[str, Callable[[], BinaryIO]]]:
     supported = f"expected {' '.join(FILE_TYPES)}, a folder of them, an hf:// address, or builtin"
     if name.startswith("hf://"):
         hub = hub_filesystem()
-        with hub_errors(name):
+        with hub_errors(name, ValueError, NotImplementedError):  # so huggingface_hub greets an address of another form
             names = [name] if hub.isfile(name) else ["hf://" + found.removeprefix("hf://") for found in sorted(hub.find(name))]
         sizes = dict.fromkeys(names, 1)
         openers = {n: functools.partial(hub.open, n, "rb") for n in names}
@@ -101,8 +101,9 @@ def read_text(name: str, file: BinaryIO) -> Iterator[str]:
         try:
             text, used = codecs.utf_8_decode(data, "strict", not block)
         except UnicodeDecodeError as error:
+            encoding = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and not offset else "LATIN1"
             raise InputError(f"{name} is not UTF-8 at byte {offset + error.start}: convert it first, for example with "
-                             f"iconv -f LATIN1 -t UTF-8") from None
+                             f"iconv -f {encoding} -t UTF-8") from None
         offset, undecoded, rest = offset + used, data[used:], rest + text
         lines = rest.rfind("\n") + 1 if block else len(rest)  # a separator counts when its line is complete
         *whole, tail = END_LINE.split(rest[:lines])

@@ -90,6 +90,20 @@ def test_loss_and_gradient_equal_cross_entropy(ignored):
     torch.testing.assert_close(torch.autograd.grad(loss * 3, (x, weight)), torch.autograd.grad(reference * 3, (x, weight)))
 
 
+def test_evaluation_computes_no_gradient(monkeypatch):
+    model, x = make(), tokens(2, 30)
+    _, loss = model(x, x)
+
+    def refuse(*_, **__):
+        raise AssertionError("the gradient of the loss was computed")
+
+    monkeypatch.setattr(torch, "mm", refuse)
+    with torch.no_grad():
+        assert torch.equal(model(x, x)[1], loss)
+    with pytest.raises(AssertionError, match="was computed"):
+        model(x, x)
+
+
 def test_targets_give_the_mean_loss_of_the_logits():
     model, x, y = make(), tokens(2, 30), tokens(2, 30, seed=2)
     y[0, :5] = -1
@@ -279,7 +293,8 @@ def test_both_config_notations(tmp_path):
         (dict(model_type="llama"), "is a 'llama' model"),
         (dict(attention_bias=True), "attention biases"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "scaled RoPE"),
-        (dict(num_hidden_layers=3, layer_types=["full_attention"] * 3), "holds other weights than a 3-layer Qwen3"),
+        (dict(num_hidden_layers=3, layer_types=["full_attention"] * 3), "holds other weights than its config.json says: model.layers.3"),
+        (dict(vocab_size=96), "holds other weights than its config.json says: lm_head.weight, model.embed_tokens.weight"),
         (dict(layer_types=["linear_attention"] * 4), "layer_types"),
     ],
 )
@@ -288,6 +303,20 @@ def test_foreign_folders_are_refused(tmp_path, change, message):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
+        Flow.from_pretrained(tmp_path)
+
+
+def test_incomplete_folders_are_refused(tmp_path):
+    save_qwen(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        Flow.from_pretrained(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing: download the folder again"):
+        Flow.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
         Flow.from_pretrained(tmp_path)
 
 
@@ -306,6 +335,13 @@ def test_greedy_generation_equals_recomputing_everything():
     steps = list(generate(model, [prompt], 40, temperature=0))
     assert all(step.shape == (1,) for step in steps)
     assert torch.cat(steps).tolist() == greedy_by_hand(model, prompt, 40)
+
+
+def test_a_model_in_training_with_checkpointing_generates_the_same():
+    model, prompt = make(), tokens(1, 5)[0].tolist()
+    expected = greedy_by_hand(model, prompt, 20)
+    model.train().checkpointing = True
+    assert torch.cat(list(generate(model, [prompt], 20, temperature=0))).tolist() == expected
 
 
 def test_a_batch_of_unequal_prompts_equals_each_alone():

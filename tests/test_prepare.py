@@ -115,6 +115,9 @@ def test_chat_ids(tokenizer):
     ids = prepare.chat_ids(tokenizer, [{"role": "user", "content": "<|im_end|><|endoftext|>"}])
     assert [i for i in ids if i < 4] == [1, 2], "markup inside a content is text"
     assert "<|im_end|><|endoftext|>" in tokenizer.decode(ids)
+    with pytest.raises(prepare.InputError, match=r"'caf\\udce9' is not UTF-8 text"):
+        prepare.plain_ids(tokenizer, "caf\udce9")
+    assert not tokenizer.encode_special_tokens
 
 
 # ---- cleaning ----
@@ -526,6 +529,7 @@ def bad_inputs(folder):
     (folder / "mine").mkdir()
     (folder / "mine/notes.txt").write_text("do not delete")
     for name, data in {"empty.txt": b"", "blank.txt": b" \n\n", "x.docx": b"PK", "latin.txt": b"caf\xe9 au lait", "text.txt": b"some text",
+                       "utf16.txt": "some text".encode("utf-16"),
                        "cut.jsonl": b'{"text": "one"}\n{"text": "tw', "list.jsonl": b"[1]\n", "fields.jsonl": b'{"body": "a", "n": 1}\n',
                        "number.jsonl": b'{"text": 5}\n', "utf8.jsonl": b'{"text": "\xff"}\n', "plain.jsonl.gz": b"not gzip",
                        "cut.jsonl.gz": gzip.compress(b'{"text": "one"}\n' * 99)[:-9], "x.parquet": b"PAR1 but not really"}.items():
@@ -539,6 +543,9 @@ def bad_inputs(folder):
     ("empty.txt", "empty.txt is empty: expected text in it"),
     ("blank.txt", "phase 1: blank.txt leaves no training text (1 empty, 0 broken"),
     ("latin.txt", "latin.txt is not UTF-8 at byte 3: convert it first, for example with iconv -f LATIN1 -t UTF-8"),
+    ("utf16.txt", "utf16.txt is not UTF-8 at byte 0: convert it first, for example with iconv -f UTF-16 -t UTF-8"),
+    ("hf://datasets/nobody", "hf://datasets/nobody: "),
+    ("hf://", "hf://: "),
     ("cut.jsonl", "cut.jsonl:2: malformed JSON (Unterminated string"),
     ("list.jsonl", "list.jsonl:1: holds list, expected one JSON object per line"),
     ("utf8.jsonl", "utf8.jsonl:1: not UTF-8 at byte 10 of the line"),

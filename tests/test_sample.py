@@ -1,0 +1,86 @@
+"""sample.py without a trained model: what a conversation forgets, prompts from files, and what bad input gets."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT
+
+import prepare
+import sample
+from checkpoint import save_checkpoint
+from model import Flow, FlowConfig
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A Flow of random weights that reads 100 tokens, so its text is random bytes."""
+    tokenizer = prepare.train_tokenizer(["the cat sat on the mat\n" * 3], 280)
+    config = FlowConfig(vocab_size=tokenizer.get_vocab_size(), n_layer=1, n_head=2, n_kv_head=1, d_model=16, head_dim=8, d_ff=16,
+                        global_every=1, max_seq_len=100)  # fmt: skip
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("run") / "phase1.pt"
+    checkpoint = {"model": "flow", "config": asdict(config), "weights": Flow(config).state_dict(), "tokenizer": tokenizer.to_str()}
+    save_checkpoint(path, checkpoint | {"phase": 1, "step": 1})
+    return path
+
+
+def call(ckpt, *options, text=b""):
+    command = [sys.executable, ROOT / "sample.py", f"--ckpt={ckpt}", *options]
+    done = subprocess.run(command, input=text, capture_output=True)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_streamed_pieces_are_the_text():
+    """Whatever the bytes, no piece ends within a character that later ones complete."""
+    tokenizer = prepare.train_tokenizer(["the cat sat on the mat\n" * 3], 280)
+    text = "né 漢字 😀 the cat"
+    ids = prepare.plain_ids(tokenizer, text)
+    pieces = list(sample.stream(tokenizer, iter(ids)))
+    assert "".join(pieces) == text and "😀" in pieces
+    broken = [i for i in ids for i in (i, 4 + i * 7 % 200)]
+    for n in range(len(broken)):
+        assert "".join(sample.stream(tokenizer, iter(broken[:n]))) == tokenizer.decode(broken[:n])
+
+
+def test_a_conversation_forgets_its_oldest_turns_only_when_it_must(ckpt):
+    questions = ["a" * 10, "b" * 300, "c" * 10, "caf\udce9", "d" * 25]
+    text = "\n".join(questions).encode(errors="surrogateescape")
+    code, out, err = call(ckpt, "--chat", "--max_new_tokens=4", text=text)
+    lines = [line for line in err.splitlines() if "tokens/s]" not in line][2:]  # after the model and the greeting
+    assert code == 0 and len(lines) == 3
+    assert lines[0].startswith("error: the prompt has 3") and lines[0].endswith("the model reads 100 in all: shorten it")
+    assert lines[1].startswith("error: ") and lines[1].endswith("is not UTF-8 text: convert it first")
+    assert lines[2] == "[the oldest 1 of the turns no longer fit and are forgotten]"
+    assert err.count("tokens/s]") == 3, "a refused question costs nothing but its own answer"
+
+
+def test_prompts_from_a_file(ckpt, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffthe cat\r\n\n  \nthe\u2028mat\n".encode())
+    options = [f"--prompts_file={tmp_path / 'prompts.txt'}", f"--output={tmp_path / 'out.jsonl'}", "--max_new_tokens=200", "--seed=3"]
+    code, _, err = call(ckpt, *options)
+    assert code == 0 and err.count("stopping at") == 1
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [answer["prompt"] for answer in answers] == ["the cat", "the\u2028mat"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--temperature=nan"], "--temperature=nan is out of range: expected 0 (greedy) or 0.01 to 100"),
+        (["--temperature=1e-40"], "--temperature=1e-40 is out of range"),
+        (["--top_p=nan"], "--top_p=nan must be above 0 and at most 1"),
+        (["--seed=-1"], "--seed=-1 must be at least 0"),
+        ([f"--seed={2**63}"], f"--seed={2**63} must be"),
+        (["--prompt=" + "x" * 500], "the prompt has 501 tokens, the model reads 100 in all: shorten it"),
+        (["--prompt=" + "x" * 500, "--num_samples=2"], "the prompt has 501 tokens"),
+        ([b"--prompt=caf\xe9"], "'caf\\udce9' is not UTF-8 text: convert it first"),
+    ],
+)
+def test_bad_input(ckpt, options, message):
+    code, out, err = call(ckpt, *options)
+    lines = [line for line in err.splitlines() if not line.endswith("parameters, phase 1")]
+    assert code == 2 and out == "" and len(lines) == 1 and lines[0].startswith(f"error: {message}")
