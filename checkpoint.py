@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+import snn_model
 from model import PRESETS, Flow, FlowConfig
 from prepare import InputError
+from snn_model import Pulse, PulseConfig
 
-MODELS = {"flow": (Flow, FlowConfig, PRESETS)}  # what --model may be
+# What --model may be.
+MODELS = {"flow": (Flow, FlowConfig, PRESETS), "pulse": (Pulse, PulseConfig, snn_model.PRESETS)}
 PHASES = {1: ("language foundations", 256), 2: ("reasoning and logic", 1024), 3: ("long context", 2048)}  # name, window in tokens
 
 

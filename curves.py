@@ -18,7 +18,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw(runs: list[Path], picture: Path):
-    """Draw the log.jsonl of each run folder into one picture. Raises InputError when matplotlib is missing or a log is empty."""
+    """Draw the log.jsonl of each run folder into one picture. Raises InputError when matplotlib is missing, a log
+    is empty, or the picture's format is unknown."""
     try:
         from matplotlib import ticker
         from matplotlib.figure import Figure
@@ -56,7 +57,10 @@ def draw(runs: list[Path], picture: Path):
     lr_axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     for axis in (loss_axis, bits_axis, lr_axis):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=110)
+    try:
+        figure.savefig(picture, dpi=110)
+    except ValueError as problem:  # the ending of the name says in which format
+        raise InputError(f"{picture} cannot be drawn ({problem}): name a .png, .svg or .pdf") from problem
 
 
 def main(argv=None):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from contextlib import nullcontext
 
@@ -92,7 +93,7 @@ class Device:
         """(FLOP/s of dense matrix products that MFU is measured against, where the figure comes from)"""
         if self.torch.type == "cuda" and self.dtype == torch.bfloat16:
             for name, peak in PEAK_FLOPS.items():
-                if name in torch.cuda.get_device_name(self.torch):
+                if re.search(rf"\b{name}\b", torch.cuda.get_device_name(self.torch)):  # an L40 is not an L4
                     return peak, "data sheet"
         a, best = torch.randn(2048, 2048, device=self.torch).to(self.dtype), math.inf
         for _ in range(8):

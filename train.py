@@ -13,6 +13,7 @@ same weights. A run leaves in --out: phase{1,2,3}.pt, phase{1,2,3}_best.pt (lowe
 
 import dataclasses
 import datetime
+import errno
 import json
 import math
 import os
@@ -50,7 +51,7 @@ class Recipe:
 # nano's learning rate won a sweep over 0.004 to 0.03 at 100 steps; its steps fit about ten minutes on two CPU cores. The others'
 # rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per parameter: neither has been tried.
 RECIPES = {
-    "nano": Recipe(2048, 1, (2000, 1000, 500), 0.016),
+    "nano": Recipe(2048, 1, (1500, 1500, 500), 0.016),
     "small": Recipe(32_768, 1, (8_000, 5_000, 3_000), 0.008),
     "base": Recipe(32_768, 8, (4_000, 2_500, 1_500), 0.006),
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.004),
@@ -134,10 +135,17 @@ def evaluate(model, data: Windows, token_bytes: np.ndarray, eval_tokens: int, ba
 
 
 def previous(out: Path, phase: int) -> tuple[Path | None, bool]:
-    """(the checkpoint that a phase goes on from or None, whether it is one of the same phase): last.pt, or the phase before's."""
+    """(the checkpoint that a phase goes on from or None, whether it is one of the same phase): last.pt, or the phase before's.
+
+    Raises InputError when last.pt is an unfinished other phase: this one would overwrite it.
+    """
     last, before = out / "last.pt", out / f"phase{phase - 1}.pt"
-    if last.exists() and load_checkpoint(last)["phase"] == phase:
-        return last, True
+    if last.exists():
+        begun = load_checkpoint(last)["phase"]
+        if begun == phase:
+            return last, True
+        if not (out / f"phase{begun}.pt").exists():
+            raise InputError(f"{last} is an unfinished phase {begun}: finish it with --phase={begun}, or name another --out")
     return (before, False) if before.exists() else (None, False)
 
 
@@ -195,7 +203,7 @@ def parse_args(argv=None):
     parser.add_argument("--log_interval", type=int, default=25, help="steps between log lines (default: 25)")
     parser.add_argument("--eval_tokens", type=int, default=2**16, help="validation tokens per evaluation, at most (default: 65,536)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model: faster steps, after minutes of compiling")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more work")
     parser.add_argument("--fresh", action="store_true", help="start over, from --phase if given: removes the checkpoints")
     parser.add_argument("--price", type=float, help="dollars per hour of the machine, to show the cost so far")
@@ -206,9 +214,9 @@ def parse_args(argv=None):
         parser.add_argument(f"--{name}", type=kind, help="size of the model")
     args = parser.parse_args(argv)
     for name in ("steps", "batch_size", "grad_accum", "seq_len", "lr", "save_interval", "eval_interval", "log_interval", "eval_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise InputError(f"--{name}={getattr(args, name)} must be positive")
-    if args.seed < 0 or args.weight_decay < 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            raise InputError(f"--{name}={getattr(args, name)} must be positive and finite")
+    if args.seed < 0 or not args.weight_decay >= 0:
         raise InputError(f"--seed={args.seed} and --weight_decay={args.weight_decay} cannot be negative")
     args.out = args.out or Path("out") / args.model
     args.sizes = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
@@ -232,6 +240,18 @@ def main(argv=None):
     device = Device(args.device)
     try:
         train(args, device, print if device.rank == 0 else lambda *_, **__: None)
+    except RuntimeError as problem:
+        if cause := getattr(problem, "inner_exception", None):  # BackendCompilerFailed, whose module takes seconds to import
+            why = str(cause).splitlines()[0]
+            raise InputError(f"--compile does not work here ({why}): install a C++ compiler, or leave it out") from problem
+        if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):  # a CPU's has no type of its own
+            remedy = "lower --batch_size and raise --grad_accum, give --checkpointing, or choose a smaller model"
+            raise InputError(f"the model or a batch of it does not fit into the memory: {remedy}") from problem
+        raise
+    except OSError as problem:
+        if problem.filename is None and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a write knows no name
+            problem.filename = str(args.out)
+        raise
     finally:
         if device.ranks > 1:
             dist.destroy_process_group()
@@ -247,17 +267,23 @@ def train(args, device: Device, say):
     meta = prepare.load_meta(args.data)
     tokenizer_json = (args.data / "tokenizer.json").read_text(encoding="utf-8")
     fingerprint = prepare.tokenizer_fingerprint(tokenizer_json)
-    token_bytes = prepare.token_bytes(Tokenizer.from_str(tokenizer_json))
+    try:
+        token_bytes = prepare.token_bytes(Tokenizer.from_str(tokenizer_json))
+    except Exception as problem:  # the only type that the tokenizers library raises
+        raise InputError(f"{args.data}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
     config = model_config(args, meta["vocab_size"])
     recipe = RECIPES[args.preset]
     peak_lr = args.lr or recipe.lr
 
-    # What each phase will do; the plan is needed whole to say how it compares with Chinchilla's optimum.
-    plan = {}
+    # What each phase will do, all of it before anything is trained or removed: the plan is compared with Chinchilla's optimum, and
+    # a phase whose data are too few must not be found out after the phases before it.
+    plan, windows = {}, {}
     for phase in [args.phase] if args.phase else PHASES:
         seq_len = args.seq_len or PHASES[phase][1]
         batch_size = args.batch_size or max(1, recipe.tokens_per_step // seq_len)
         plan[phase] = (seq_len, batch_size, args.grad_accum or recipe.grad_accum, args.steps or recipe.steps[phase - 1])
+        splits = ("train", "val")
+        windows[phase] = {split: Windows(args.data, phase, split, seq_len, config.vocab_size, fingerprint) for split in splits}
     planned = sum(seq_len * batch_size * accum * steps * device.ranks for seq_len, batch_size, accum, steps in plan.values())
     peak, source = device.peak_flops()
     say(f"device: {device}; peak {peak / 1e12:.3g} TFLOP/s ({source})")
@@ -265,6 +291,7 @@ def train(args, device: Device, say):
     say(f"plan: {planned:,} tokens, {planned / config.num_params():.1f} per parameter (Chinchilla's optimum is about {CHINCHILLA})")
 
     # Files of the run.
+    tracker = start_wandb(args, config) if args.wandb and device.rank == 0 else None
     args.out.mkdir(parents=True, exist_ok=True)
     log, last = args.out / "log.jsonl", args.out / "last.pt"
     if args.fresh and device.rank == 0:
@@ -274,7 +301,6 @@ def train(args, device: Device, say):
         last.unlink(missing_ok=True)
         trim_log(log, min(plan) - 1, 10**9)
     device.barrier()
-    tracker = start_wandb(args, config) if args.wandb and device.rank == 0 else None
 
     def record(**line):
         if device.rank == 0:
@@ -297,8 +323,7 @@ def train(args, device: Device, say):
             check_same(final, load_checkpoint(final)["settings"], settings)
             say(f"phase {phase} is finished ({final}); --fresh would start over")
             continue
-        data = {split: Windows(args.data, phase, split, seq_len, config.vocab_size, fingerprint) for split in ("train", "val")}
-        tokens_per_step = sequences * seq_len
+        data, tokens_per_step = windows[phase], sequences * seq_len
         passes = steps * tokens_per_step / data["train"].n_tokens
         say(f"\nphase {phase}, {PHASES[phase][0]}: {steps:,} steps of {sequences} x {seq_len:,} = {tokens_per_step:,} tokens,", end=" ")
         say(f"{passes:.2f} times through {data['train'].n_tokens:,} tokens of {args.data}")
@@ -315,9 +340,12 @@ def train(args, device: Device, say):
             check_same(origin, checkpoint["settings"], settings if same_phase else {k: settings[k] for k in ("model", *vars(config))})
             if checkpoint["tokenizer"] != tokenizer_json:
                 raise InputError(f"{origin} was trained with another tokenizer than that of {args.data}: use its data or another --out")
+            if "optimizer" not in checkpoint:
+                raise InputError(f"{origin} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
             model.load_state_dict(checkpoint["weights"])
             for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
                 optimizer.load_state_dict(state)
+                optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # AdamW's state brings that of the phase before along
             tokens, seconds, wall = checkpoint["tokens"], checkpoint["seconds"], checkpoint["wall"]
             if same_phase:
                 step, best = checkpoint["step"], checkpoint["best"]
@@ -327,7 +355,7 @@ def train(args, device: Device, say):
             say(f"no {args.out}/phase{phase - 1}.pt: starting from new weights (the curriculum would train --phase={phase - 1} first)")
         if device.rank == 0:
             trim_log(log, phase, step) if same_phase else trim_log(log, phase - 1, 10**9)
-        network = torch.compile(model) if args.compile else model
+        network = torch.compile(model, dynamic=False) if args.compile else model  # one shape per phase: compiled for it alone
         if device.ranks > 1:
             network = DistributedDataParallel(network, device_ids=[device.torch] if device.torch.type == "cuda" else None)
 
@@ -409,7 +437,7 @@ def train(args, device: Device, say):
         if device.rank == 0:
             draw_curves(args.out)
         if step < steps:
-            say(f"stopped at step {step:,}; saved in {last}: the same command goes on from there")
+            say(f"stopped at step {step:,}; saved in {last}: the same command{' without --fresh' * args.fresh} goes on from there")
             raise SystemExit(130)
         if device.rank == 0:
             last.unlink(missing_ok=True)

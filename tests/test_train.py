@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,27 +215,48 @@ def test_two_ranks_equal_one(data, tmp_path):
         assert a.get("val_loss", 0) == pytest.approx(b.get("val_loss", 0), abs=1e-3)
 
 
-def test_two_ranks_stop_together_and_resume(data, tmp_path):
-    common = [f"--data={data}", "--phase=3", "--steps=40", "--save_interval=5", *SHORT]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert call("train.py", *common, f"--out={whole}", "--batch_size=2", "--grad_accum=2", ranks=2).returncode == 0
-    checkpoint = load_checkpoint(whole / "phase3.pt")
-    # A termination notice in the middle: both ranks stop together with everything saved, and the same command goes on.
+TWO_RANKS = ["--phase=3", "--steps=40", "--save_interval=5", *SHORT, "--batch_size=2", "--grad_accum=2"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("two")
+    done = call("train.py", f"--data={data}", f"--out={out}", *TWO_RANKS, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def workers_of(launcher: int) -> list[int]:
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    return [int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent) == launcher]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_two_ranks_stopped_in_the_middle_end_as_if_they_had_not_been(two_ranks, data, tmp_path, ending):
+    """SIGTERM, the launcher passes on and both ranks stop together with everything saved. SIGKILL takes launcher and ranks at once."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py"]
-    process = subprocess.Popen(
-        [*launcher, *common, f"--out={stopped}", "--batch_size=2", "--grad_accum=2"], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    options = [f"--data={data}", f"--out={tmp_path}", *TWO_RANKS]
+    process = subprocess.Popen([*launcher, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (stopped / "last.pt").exists():
+    while not (tmp_path / "last.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    process.terminate()
+    if ending == signal.SIGKILL:
+        workers = workers_of(process.pid)
+        assert len(workers) == 2
+        for pid in (process.pid, *workers):
+            os.kill(pid, signal.SIGKILL)
+    else:
+        process.terminate()
     process.wait()
-    assert not (stopped / "phase3.pt").exists() and load_checkpoint(stopped / "last.pt")["step"] < 40
-    again = call("train.py", *common, f"--out={stopped}", "--batch_size=2", "--grad_accum=2", ranks=2)
+    assert not (tmp_path / "phase3.pt").exists() and load_checkpoint(tmp_path / "last.pt")["step"] < 40
+    again = call("train.py", *options, ranks=2)
     assert again.returncode == 0 and "continuing" in again.stdout, again.stderr
-    for name, weight in load_checkpoint(stopped / "phase3.pt")["weights"].items():
-        torch.testing.assert_close(weight, checkpoint["weights"][name], atol=1e-3, rtol=0)
+    # To the bit: two ranks add two gradients, and a + b is b + a.
+    assert same_weights(tmp_path / "phase3.pt", two_ranks / "phase3.pt")
+    steps = [(x["step"], "loss" in x) for x in log_of(tmp_path)]
+    assert len(steps) == len(set(steps)) and set(steps) >= {(x["step"], "loss" in x) for x in log_of(two_ranks)}
+    assert log_of(tmp_path)[-1]["val_loss"] == log_of(two_ranks)[-1]["val_loss"]
 
 
 def test_fresh_starts_over(data, tmp_path):
@@ -245,7 +267,86 @@ def test_fresh_starts_over(data, tmp_path):
     assert load_checkpoint(tmp_path / "phase1.pt")["step"] == 6 and [x["step"] for x in log_of(tmp_path)] == [5, 6, 6]
 
 
+def test_a_phase_keeps_the_weight_decay_it_is_given(finished, data, tmp_path):
+    shutil.copy(finished / "phase1.pt", tmp_path)
+    command = ["train.py", f"--data={data}", f"--out={tmp_path}", "--phase=2", "--steps=2", "--weight_decay=0.5", *SHORT]
+    assert call(*command).returncode == 0
+    _, adamw = load_checkpoint(tmp_path / "phase2.pt")["optimizer"]
+    assert [group["weight_decay"] for group in adamw["param_groups"]] == [0.5, 0.0]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_goes_on_from_an_uncompiled_one(data, tmp_path):
+    command = ["train.py", f"--data={data}", "--steps=5", *SHORT, "--n_layer=1", "--global_every=1"]  # one layer: quick to compile
+    assert call(*command, "--phase=1", f"--out={tmp_path / 'plain'}").returncode == 0
+    shutil.copytree(tmp_path / "plain", tmp_path / "compiled")
+    weights, losses = [], []
+    for name, option in (("plain", []), ("compiled", ["--compile"])):
+        done = call(*command, "--phase=2", f"--out={tmp_path / name}", *option)
+        assert done.returncode == 0 and "starting from" in done.stdout, done.stderr
+        weights.append(load_checkpoint(tmp_path / name / "phase2.pt")["weights"].keys())
+        losses.append([x.get("loss", x.get("val_loss")) for x in log_of(tmp_path / name) if x["phase"] == 2])
+    assert weights[0] == weights[1] and losses[0] == pytest.approx(losses[1], abs=0.01)  # compiled code rounds to bf16 in fewer places
+
+
 # ---- what bad input gets ----
+
+
+def test_compile_without_a_compiler_is_refused(data, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "CXX"}
+    env |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = ["train.py", f"--data={data}", f"--out={tmp_path / 'run'}", "--compile", *SHORT]
+    fails(*command, match="install a C++ compiler, or leave it out", env=env)
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_wandb_that_is_missing_is_said_before_anything_is_trained_or_removed(finished, data, tmp_path):
+    (tmp_path / "wandb.py").write_text("raise ImportError")
+    before = {f.name: f.stat().st_mtime_ns for f in finished.iterdir()}
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = ["train.py", f"--data={data}", f"--out={finished}", "--fresh", "--wandb=x", *SHORT]
+    fails(*command, match="--wandb needs the package wandb: pip install wandb", env=env)
+    assert {f.name: f.stat().st_mtime_ns for f in finished.iterdir()} == before
+
+
+def test_too_few_data_are_said_before_anything_is_trained_or_removed(finished, data, tmp_path):
+    before = {f.name: f.stat().st_mtime_ns for f in finished.iterdir()}
+    fails("train.py", f"--data={data}", f"--out={finished}", "--fresh", "--seq_len=1000000", match="a window of phase 1 needs 1,000,001")
+    assert {f.name: f.stat().st_mtime_ns for f in finished.iterdir()} == before
+    shutil.copytree(data, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    for name in meta["phases"]["3"]["val"]["shards"]:
+        header, tokens = prepare.read_shard(data / name)
+        (tmp_path / "data" / name).unlink()  # may be a second name of phase 1's
+        prepare.write_shard(tmp_path / "data" / name, tokens[:10], header["vocab_size"], 10, header["fingerprint"])
+    command = ["train.py", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}", *SHORT]
+    fails(*command, match="holds 10 tokens, a window of phase 3 needs 33")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unfinished_phase_is_not_overwritten_by_another(finished, data, tmp_path):
+    checkpoint = load_checkpoint(finished / "phase2.pt")
+    save_checkpoint(tmp_path / "last.pt", checkpoint)
+    command = ["train.py", f"--data={data}", f"--out={tmp_path}", "--steps=20", *SHORT]
+    fails(*command, "--phase=1", match="is an unfinished phase 2: finish it with --phase=2")
+    assert load_checkpoint(tmp_path / "last.pt")["phase"] == 2
+
+
+def test_a_copy_for_sampling_is_no_start_of_a_phase(finished, data, tmp_path):
+    shutil.copy(finished / "phase1_best.pt", tmp_path / "phase1.pt")
+    fails("train.py", f"--data={data}", f"--out={tmp_path}", "--phase=2", *SHORT, match="without the optimizers' state")
+
+
+def test_a_full_disk_ends_a_run_in_one_line(data, tmp_path):
+    """The whole way through train.py, with files limited to 100 kB: the log fits, the first checkpoint does not."""
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"sys.argv = ['train.py', '--data={data}', '--out={tmp_path}', '--steps=2', '--phase=1', *{SHORT}]; sys.path[0] = {str(ROOT)!r}\n"
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "free some space" in done.stderr and [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,429 @@
+"""Pulse: a spiking language model, the whole of it in one file.
+
+The interface is Flow's, the inside is not. Every matrix is fed by spikes: integer counts between -num_steps and num_steps, so
+that a product is a sum of weights. What one token leaves for the next is the membrane potential of leaky integrate-and-fire
+neurons and, in some blocks, a small associative memory that is written and read by spikes. Both are linear in the sequence
+and constant in memory; there is no attention.
+
+    python train.py --model=pulse       # trains the nano preset of this file
+    python snn_model.py                 # prints the presets: parameters and FLOPs per token
+
+The neuron is snntorch's Leaky. Token by token it runs snntorch's own recurrence; over a whole sequence the same recurrence is
+evaluated in parallel, which is what makes training fast.
+
+B batch, T tokens, C = d_model, N = neurons of a layer, H memory heads, D = C / H, K = num_steps, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import snntorch
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from model import linear_cross_entropy
+
+THRESHOLD = 1.0  # a membrane n thresholds high fires n spikes
+CHUNK = 32  # tokens of a sequence that the parallel forms take in one piece
+SHARPNESS = 2.0  # 1 / half-width, in thresholds, of the surrogate's blur
+# How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
+# fire once or not at all, and digits are copied wrongly.
+GAIN, KEY_GAIN = 2.0, 1.5
+TAU_KEY = 4.0  # queries and keys remember this many tokens at most: a key can then hold the token before it
+TAU_MEMORY = (16.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
+
+
+@dataclass(frozen=True)
+class PulseConfig:
+    """The sizes of a Pulse. Raises ValueError when they cannot belong together."""
+
+    vocab_size: int = 1024
+    n_layer: int = 4
+    d_model: int = 128
+    d_hidden: int = 640  # neurons of a block
+    num_steps: int = 4  # micro-steps per token = most spikes that a neuron fires per token
+    tau_max: float = 32.0  # time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens
+    n_head: int = 4  # heads of the associative memory
+    memory_every: int = 3  # layer i has a memory when (i + 1) % memory_every == 0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.tau_max < 1:
+            raise ValueError(f"tau_max={self.tau_max} must be at least 1 token, 1 is a neuron without memory")
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(f"d_model={self.d_model} must be a multiple of 2 * n_head={2 * self.n_head}")
+
+    def has_memory(self, layer: int) -> bool:
+        return (layer + 1) % self.memory_every == 0
+
+    def num_params(self) -> int:
+        """The number of parameters, the tied embedding counted once."""
+        C, N, H = self.d_model, self.d_hidden, self.n_head
+        block = 2 * C * N + 2 * C + 3 * N
+        memory = 4 * C * C + 2 * C * H + 2 * H + 12 * C
+        n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
+        return self.vocab_size * C + self.n_layer * block + n_memory * memory + 2 * C
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of one training step (forward and backward) per token, whatever `seq_len`.
+
+        6 per weight of a matrix product; the memory's products inside a chunk of L tokens are 6 * (5 L / 2 + 4 D) * C, of which
+        L / 2 each for k kᵀ, q kᵀ and the products with their masked halves. Scan and firing are not matrix products and not counted.
+        """
+        C, L, D = self.d_model, min(CHUNK, seq_len), self.d_model // self.n_head
+        n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
+        matrices = self.vocab_size * C + self.n_layer * 2 * C * self.d_hidden + n_memory * (4 * C * C + 2 * C * self.n_head)
+        return 6 * matrices + n_memory * 6 * C * (2.5 * L + 4 * D)
+
+
+PRESETS: dict[str, PulseConfig] = {  # Flow's widths and depths, d_hidden chosen for Flow's number of parameters
+    "nano": PulseConfig(),
+    "small": PulseConfig(n_layer=9, d_model=512, d_hidden=2432, n_head=8),
+    "base": PulseConfig(vocab_size=32_768, n_layer=12, d_model=768, d_hidden=3584, n_head=12),
+    "1b": PulseConfig(vocab_size=32_768, n_layer=18, d_model=2048, d_hidden=13_952, n_head=16),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- the neuron
+
+
+class Fire(torch.autograd.Function):
+    """Membranes -> spike counts: num_steps micro-steps of integrate-and-fire with soft reset, in closed form.
+
+    A membrane above the threshold fires and loses one threshold, num_steps times: clamp(ceil(U - 1), 0, num_steps) spikes, the
+    counts of snntorch.Leaky(beta=1, reset_mechanism="subtract"). A signed neuron does the same below zero, with negative spikes.
+    For the gradient the staircase is a ramp, blurred with a Lorentzian: the atan surrogate (snntorch's default) for all levels
+    together, at the cost of one. Its tails reach the silent and the saturated neurons; a ramp without them learns 6 to 9 % worse.
+    Backpropagating through the micro-steps instead would count a silent neuron num_steps times and explode.
+    """
+
+    @staticmethod
+    def forward(ctx, mem: Tensor, num_steps: int, signed: bool, dtype: torch.dtype, price: float) -> Tensor:
+        """`price` is the derivative of the loss per spike, on top of what flows back: a penalty on firing (see Pulse)."""
+        ctx.save_for_backward(mem)
+        ctx.num_steps, ctx.signed, ctx.price = num_steps, signed, price
+        if not signed:
+            return (mem - THRESHOLD).ceil_().clamp_(0, num_steps).to(dtype)
+        return (mem.abs().sub_(THRESHOLD).ceil_().clamp_(0, num_steps) * mem.sign()).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (mem,) = ctx.saved_tensors
+        u = (mem.abs() if ctx.signed else mem) - THRESHOLD
+        if ctx.price:
+            grad = grad + ctx.price * (u > 0) * mem.sign()
+        slope = u.add(0.5).mul_(SHARPNESS).atan_().sub_(u.sub(ctx.num_steps - 0.5).mul_(SHARPNESS).atan_())
+        return slope.mul_(1 / math.pi).mul_(grad), None, None, None, None
+
+
+class Drive(torch.autograd.Function):
+    """The input current of neurons: x / rms(x) * gain + bias over the last dimension.
+
+    F.rms_norm and two more operations give the same; by hand forward and backward take half as many passes over memory, and on a
+    CPU those passes, not the matrix products, are what training a small Pulse spends its time on.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, gain)
+        return torch.addcmul(bias, normed, gain)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        normed, scale, gain = ctx.saved_tensors
+        aligned = grad * normed
+        grad_x = (grad * gain).addcmul_(normed, (aligned @ gain)[..., None], value=-1 / gain.numel()).mul_(scale)
+        rows = tuple(range(grad.ndim - 1))
+        return grad_x, aligned.sum(rows), grad.sum(rows), None
+
+
+def leak(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
+    """U_t = beta U_{t-1} + x_t for all t, U_{-1} = carry.  x [B, T, N], beta [N], carry [B, N] -> U [B, T, N]
+
+    All chunks of the sequence take their L steps side by side, each from zero; then a pass over the chunks adds what came before.
+    `reverse` runs from the last token to the first.
+    """
+    B, T, N = x.shape
+    L = min(CHUNK, T)
+    if T % L:
+        pad = -T % L
+        padded = F.pad(x, (0, 0, pad, 0) if reverse else (0, 0, 0, pad))
+        U = leak(padded, beta, carry, reverse)
+        return U[:, pad:] if reverse else U[:, :T]
+    U = torch.empty_like(x, memory_format=torch.contiguous_format).view(B, T // L, L, N)
+    x = x.reshape(B, T // L, L, N)
+    order = range(L - 1, -1, -1) if reverse else range(L)
+    previous = None
+    for t in order:
+        if previous is None:
+            U[:, :, t] = x[:, :, t]
+        else:
+            torch.addcmul(x[:, :, t], beta, U[:, :, previous], out=U[:, :, t])
+        previous = t
+    powers = beta ** torch.arange(1, L + 1, device=x.device, dtype=x.dtype)[:, None]  # [L, N]
+    if reverse:
+        powers = powers.flip(0)
+    for chunk in range(T // L - 1, -1, -1) if reverse else range(T // L):
+        U[:, chunk].addcmul_(powers, carry[:, None])
+        carry = U[:, chunk, 0 if reverse else -1]
+    return U.view(B, T, N)
+
+
+class Leak(torch.autograd.Function):
+    """The membranes of a whole sequence. Keeps nothing but them: the gradient is the same recurrence run backwards."""
+
+    @staticmethod
+    def forward(ctx, current: Tensor, beta: Tensor, mem: Tensor) -> Tensor:
+        U = leak(current, beta, mem)
+        ctx.save_for_backward(U, beta, mem)
+        return U
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        U, beta, mem = ctx.saved_tensors
+        grad = leak(grad, beta, torch.zeros_like(mem), reverse=True)
+        grad_beta = (grad[:, 1:] * U[:, :-1]).sum((0, 1)) + (grad[:, 0] * mem).sum(0)
+        return grad, grad_beta, beta * grad[:, 0]
+
+
+class Neuron(snntorch.Leaky):
+    """A layer of N leaky integrate-and-fire neurons: real-valued input -> spike counts in [0, K], or [-K, K] when signed.
+
+        I = x / rms(x) * gain + bias        U_t = beta U_{t-1} + I_t        spikes = fire(U_t)
+
+    With `tau` [N] = None there is no membrane between tokens (beta = 0). The membrane is not reset by firing within a sequence.
+    """
+
+    def __init__(self, n: int, config: PulseConfig, gain: float, tau: Tensor | None = None, signed: bool = False, normed: bool = True):
+        beta = torch.zeros(n) if tau is None else 1 - 1 / tau
+        super().__init__(beta, THRESHOLD, learn_beta=tau is not None, reset_mechanism="none")
+        snntorch.SpikingNeuron.instances.pop()  # snntorch's list of all neurons would keep every model alive for ever
+        self.config, self.leaky, self.signed, self.normed = config, tau is not None, signed, normed
+        self.price = 0.0  # of a spike in the loss, set by Pulse.forward
+        self.gain = nn.Parameter(gain * (1 - beta**2).sqrt())  # so that slow membranes do not stand higher than fast ones
+        self.bias = nn.Parameter(torch.zeros(n))
+
+    def fire(self, mem: Tensor) -> Tensor:
+        """Spike counts of membranes, in the dtype of the matrix product that follows (counts are exact in any)."""
+        device = mem.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mem.dtype
+        return Fire.apply(mem, self.config.num_steps, self.signed, dtype, self.price)
+
+    def forward(self, x: Tensor, mem: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, N] and the membranes [B, N] before it -> spikes [B, T, N] and the membranes after it."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 membranes would flip 0.6 % of the spikes
+        current = Drive.apply(x, self.gain, self.bias, self.config.norm_eps) if self.normed else x * self.gain + self.bias
+        if not self.leaky:
+            return self.fire(current), None
+        if current.size(1) == 1:
+            spikes, mem = super().forward(current[:, 0], mem)
+            return spikes[:, None], mem
+        U = Leak.apply(current, self.beta.clamp(0, 1), mem)
+        return self.fire(U), U[:, -1]
+
+
+def time_constants(n: int, longest: float) -> Tensor:
+    """n time constants from 1.05 tokens to the longest, evenly in the logarithm and shuffled."""
+    return torch.exp(torch.linspace(math.log(1.05), math.log(longest), n))[torch.randperm(n)]
+
+
+# -------------------------------------------------------------------------------------------------- the associative memory
+
+
+def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix that maps keys to values, written by the delta rule and leaking: only what it does not know yet is written.
+
+        S_t = a_t S_{t-1} + k_t (b_t (v_t - k_t a_t S_{t-1}))ᵀ         o_t = q_t S_t
+
+    q, k, v [B, H, T, D]; decay = log a_t and write = b_t [B, H, T]; S [B, H, D, D] -> o [B, H, T, D] and the last S.
+    Chunks of L tokens: what the tokens of a chunk write depends on each other through a triangular system, solved for all chunks
+    at once as a function of the S that a chunk starts with (arXiv:2406.06484); only that S is then carried from chunk to chunk.
+    """
+    B, H, T, D = q.shape
+    if T == 1:
+        S = S * decay.exp()[..., None]
+        S = S + k.mT @ (write[..., None] * (v - k @ S))
+        return q @ S, S
+    L = min(CHUNK, T)
+    pad, n = -T % L, -(-T // L)
+    q, k, v = (F.pad(x, (0, 0, 0, pad)).view(B, H, n, L, D) for x in (q, k, v))
+    decay, write = (F.pad(x, (0, pad)).view(B, H, n, L) for x in (decay, write))  # padding neither writes nor forgets
+    c = decay.cumsum(-1)
+    a, w = c.exp()[..., None], write[..., None]
+    lower = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    fade = (c[..., :, None] - c[..., None, :]).masked_fill(~lower, -math.inf).exp()  # what is left of token j at token i
+    system = (w * (k @ k.mT) * fade).tril(-1) + torch.eye(L, dtype=q.dtype, device=q.device)
+    solved = torch.linalg.solve_triangular(system, torch.cat([w * v, w * a * k], -1), upper=False, unitriangular=True)
+    own, seen = solved.chunk(2, -1)  # a chunk writes own - seen S
+    kept = (k * (c[..., -1:] - c).exp()[..., None]).mT  # [B, H, n, D, L]
+    starts, writes = [], []
+    for i in range(n):
+        starts.append(S)
+        writes.append(own[:, :, i] - seen[:, :, i] @ S)
+        S = S * a[:, :, i, -1:] + kept[:, :, i] @ writes[-1]
+    o = ((q @ k.mT) * fade) @ torch.stack(writes, 2) + a * (q @ torch.stack(starts, 2))
+    return o.view(B, H, n * L, D)[:, :, :T], S
+
+
+class Memory(nn.Module):
+    """Looks up by content what was read before: queries, keys and values are spikes, and so is what goes back."""
+
+    def __init__(self, config: PulseConfig):
+        super().__init__()
+        C, self.config = config.d_model, config
+        self.encode = Neuron(C, config, GAIN, signed=True)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.q = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
+        self.k = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
+        self.v = Neuron(C, config, GAIN, signed=True)
+        self.o = Neuron(C, config, GAIN, signed=True, normed=False)
+        self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)  # log a_t and b_t per head and token
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple]:
+        mem_q, mem_k, S = state
+        B, T, C = x.shape
+        s, _ = self.encode(x)
+        q, mem_q = self.q(self.q_proj(s), mem_q)
+        k, mem_k = self.k(self.k_proj(s), mem_k)
+        v, _ = self.v(self.v_proj(s))
+        q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
+        k = k * (k.square().sum(-1, keepdim=True) + 1e-3).rsqrt()  # unit length; a silent key writes nothing
+        decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
+        write = self.write(s).to(S.dtype).sigmoid().transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            o, S = associate(q, k, v, decay, write, S)
+        o = F.rms_norm(o, o.shape[-1:], eps=self.config.norm_eps).transpose(1, 2).reshape(B, T, C)
+        return self.o_proj(self.o(o)[0]), (mem_q, mem_k, S)
+
+    def init_state(self, B: int, **kind) -> tuple[Tensor, Tensor, Tensor]:
+        C, H = self.config.d_model, self.config.n_head
+        return torch.zeros(B, C, **kind), torch.zeros(B, C, **kind), torch.zeros(B, H, C // H, C // H, **kind)
+
+
+# ------------------------------------------------------------------------------------------------------------------ Pulse
+
+
+def delay(s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
+    """The second half of the fibres arrives one token late (axonal delay).  s [B, T, C], late [B, C/2] = the spikes on the way."""
+    now, slow = s.chunk(2, -1)
+    return torch.cat([now, torch.cat([late[:, None].to(s.dtype), slow[:, :-1]], 1)], -1), slow[:, -1]
+
+
+class Block(nn.Module):
+    def __init__(self, config: PulseConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.memory = Memory(config) if config.has_memory(layer) else None
+        self.encode = Neuron(config.d_model, config, GAIN, signed=True)
+        self.in_proj = nn.Linear(config.d_model, config.d_hidden, bias=False)
+        tau = time_constants(config.d_hidden, config.tau_max) if config.tau_max > 1 else None
+        self.hidden = Neuron(config.d_hidden, config, GAIN, tau)
+        self.out_proj = nn.Linear(config.d_hidden, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        late, mem, remembered = state
+        if self.memory is not None:
+            y, remembered = self.memory(x, remembered)
+            x = x + y
+        s, late = delay(self.encode(x)[0], late)
+        h, mem = self.hidden(self.in_proj(s), mem)
+        return x + self.out_proj(h), (late, mem, remembered)
+
+    def init_state(self, B: int, **kind) -> tuple:
+        late, mem = torch.zeros(B, self.config.d_model // 2, **kind), torch.zeros(B, self.config.d_hidden, **kind)
+        return late, mem if self.hidden.leaky else None, self.memory.init_state(B, **kind) if self.memory is not None else None
+
+
+class PulseState:
+    """What Pulse remembers between calls: the same amount after 10 tokens and after 100,000."""
+
+    def __init__(self, batch_size: int, layers: list[tuple]):
+        self.batch_size, self.layers = batch_size, layers
+
+
+class Pulse(nn.Module):
+    """The spiking network. `checkpointing = True` recomputes each block in the backward pass instead of keeping its activations.
+
+    `rate_penalty` adds that many nats per spike per synapse and token to what is minimised (not to the loss that is returned).
+    Its derivative by a spike is a constant, so that it costs nothing: each neuron adds it to the gradient of its spikes.
+    """
+
+    def __init__(self, config: PulseConfig):
+        super().__init__()
+        self.config, self.checkpointing, self.rate_penalty = config, False, 0.0
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.out = Neuron(config.d_model, config, GAIN, signed=True)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.weight = self.token_embedding.weight
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for name, module in self.layers.named_modules():
+            if name.endswith(("decay", "write")):  # at the start both depend on nothing
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+                if name.endswith("decay"):
+                    tau = torch.exp(torch.linspace(*map(math.log, TAU_MEMORY), config.n_head))
+                    module.bias.data.copy_(torch.log(torch.expm1(1 / tau)))  # softplus of it = 1 / tau
+            elif isinstance(module, nn.Linear):
+                depth = math.sqrt(2 * config.n_layer) if name.endswith(("out_proj", "o_proj")) else 1
+                nn.init.normal_(module.weight, std=module.in_features**-0.5 / depth)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, state: PulseState | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """idx [B, T] int64 -> (logits, loss).
+
+        With `targets` [B, T] (-1 = ignored): (None, mean cross-entropy in nats). Without: logits [B, T, V], or those of the
+        last position [B, 1, V] when a `state` is given, which then has seen these T tokens too. Raises ValueError when the
+        state was made for another batch size.
+        """
+        if state is not None and state.batch_size != idx.size(0):
+            raise ValueError(f"the state holds {state.batch_size} sequences, the input {idx.size(0)}: make one with init_state")
+        synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in self.fan_outs())
+        for neuron, fan_out in self.fan_outs():
+            neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel()) if self.training else 0.0
+        layers = (self.init_state(idx.size(0)) if state is None else state).layers
+        x = self.token_embedding(idx)
+        for i, block in enumerate(self.layers):
+            if self.checkpointing and self.training:
+                x, after = checkpoint(block, x, layers[i], use_reentrant=False)
+            else:
+                x, after = block(x, layers[i])
+            if state is not None:
+                state.layers[i] = after
+        if state is not None:
+            x = x[:, -1:]
+        s, _ = self.out(x)
+        if targets is None:
+            return self.lm_head(s), None
+        return None, linear_cross_entropy(s.flatten(0, 1), self.lm_head.weight.to(s.dtype), targets.flatten())
+
+    def fan_outs(self) -> list[tuple[Neuron, int]]:
+        """The neurons that feed matrices, and how many synapses each of their spikes reaches."""
+        C, H, pairs = self.config.d_model, self.config.n_head, [(self.out, self.config.vocab_size)]
+        for block in self.layers:
+            pairs += [(block.encode, self.config.d_hidden), (block.hidden, C)]
+            if block.memory is not None:
+                pairs += [(block.memory.encode, 3 * C + 2 * H), (block.memory.o, C)]
+        return pairs
+
+    def init_state(self, batch_size: int, max_len: int | None = None) -> PulseState:
+        """The state before the first token, on the device of the weights, at least fp32; `max_len` is Flow's and changes nothing."""
+        weight = self.token_embedding.weight
+        kind = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        return PulseState(batch_size, [block.init_state(batch_size, **kind) for block in self.layers])
+
+    def muon_params(self) -> list[nn.Parameter]:
+        """The big hidden matrices, for Muon; embedding, betas, gains, biases and the memory's decay and write are AdamW's."""
+        return [m.weight for m in self.layers.modules() if isinstance(m, nn.Linear) and m.bias is None]
+
+
+if __name__ == "__main__":
+    for preset, config in PRESETS.items():
+        print(f"{preset:6s} {config.num_params():>13,} parameters   training FLOPs per token: {config.flops_per_token(2048) / 1e6:,.1f}M")

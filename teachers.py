@@ -1,0 +1,488 @@
+"""Who answers a word problem, and whether the answer is right: problem files, final numbers, teachers, and files of their answers.
+
+A teacher is a Qwen3 folder or hub id of Hugging Face, any server that speaks OpenAI's chat completions (vLLM, Ollama, llama.cpp),
+or a checkpoint of this project; distill.py asks it and evaluates students with the same code.
+
+    for problem in read_problems("data/builtin/problems_val.jsonl", skip_bad=False)[0]: print(problem.question, problem.number)
+"""
+
+import contextlib
+import datetime
+import email.utils
+import fcntl
+import gzip
+import hashlib
+import http.client
+import json
+import os
+import queue
+import random
+import re
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from checkpoint import find_checkpoint, load_model
+from model import Flow, generate
+from prepare import InputError, chat_ids
+from sources import hub_errors, read_parquet, source_files
+
+# What an instruct model is asked to do; a checkpoint of this project gets the question alone, as it was trained.
+INSTRUCTION = "Solve the problem step by step, one short sentence per step. End with a line of #### and the final number, without unit."
+KEY = "OPENAI_API_KEY"  # the environment variable a server's key is taken from, the only place
+ATTEMPTS, BACKOFF, LONGEST_WAIT, TIMEOUT = 6, 0.5, 60.0, 600.0  # per request; seconds before the second attempt, doubled each time
+
+
+class Problem(NamedTuple):
+    question: str
+    answer: str  # the worked solution
+    number: Fraction  # its result
+
+
+class Job(NamedTuple):
+    """One answer to ask for."""
+
+    key: str  # problem_key(question)
+    sample: int
+    question: str
+
+
+class Answer(NamedTuple):
+    text: str
+    tokens: int  # made for it; 0 if a server does not say
+    finish: str  # "stop", "length" (cut off), or why there is no text
+
+
+# ---------------------------------------------------------------------------------------------------------- final numbers
+
+NUMBER = re.compile(r"(?<![\w.])[-−–]?\s*[$€£]?\s*[-−]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d.]))?"
+                    r"|(?<![\w.])[-−–]?\s*[$€£]?\s*\.\d+|\d+(?:\.\d+)?")  # fmt: skip
+MARK = re.compile(r"####|\\boxed\s*\{")
+PHRASE = re.compile(r"\banswer\W*(?:is|:|=)\W*?(?=[-−–$€£.\d\\])(.*)", re.IGNORECASE)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The first number in a short text: 1,234 or $12.50 or -3 or 3/4 or \\frac{3}{4}; the part behind an equals sign if there is one."""
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    text = text.replace("{,}", ",").replace("\\$", "$")
+    text = re.sub(r"\\[!,;]", "", text)
+    text = re.sub(r"\\[a-z]+|[{}*\\]", " ", text)
+    for part in reversed(text.split("=")):
+        if match := NUMBER.search(part):
+            found = re.sub(r"[\s,$€£]", "", match[0].replace("−", "-").replace("–", "-"))
+            above, _, below = found.partition("/")
+            return Fraction(above) / Fraction(below or 1) if Fraction(below or 1) else None
+    return None
+
+
+def final_number(text: str) -> Fraction | None:
+    """The result that an answer states: what stands behind its last #### or in its last \\boxed{}, or else behind "the answer is".
+
+    Without any of these None: the last number of a text may be anything.
+    """
+    marks = list(MARK.finditer(text))
+    for mark in reversed(marks):
+        rest = text[mark.end() :]
+        if mark[0] == "####":
+            rest = rest.strip().partition("\n")[0]
+        else:
+            depth = 1
+            for end, character in enumerate(rest):
+                depth += (character == "{") - (character == "}")
+                if not depth:
+                    rest = rest[:end]
+                    break
+        if (number := parse_number(rest)) is not None:
+            return number
+    phrases = PHRASE.findall(text) if not marks else []
+    return parse_number(phrases[-1]) if phrases else None
+
+
+# --------------------------------------------------------------------------------------------------------------- problems
+
+
+def problem_key(question: str) -> str:
+    """16 hex digits that name a question, spelled the same way whatever its spaces and capitals."""
+    return hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
+
+
+def make_problem(record, where: str) -> Problem:
+    """A Problem of one record. Raises InputError that says what is wrong with it."""
+    if isinstance(record, InputError):
+        raise record
+    if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
+        raise InputError(f"{where}: expected an object with question and answer")
+    question, answer = record["question"], record["answer"]
+    answer = str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
+    if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
+        raise InputError(f"{where}: question and answer must be text")
+    if any("\ud800" <= character <= "\udfff" for character in question + answer):  # JSON can spell half a character
+        raise InputError(f"{where}: holds half a surrogate pair, which is not UTF-8 text")
+    number = final_number(answer)
+    if number is None and NUMBER.fullmatch(answer.strip()):  # the number alone
+        number = parse_number(answer)
+    if number is None:
+        raise InputError(f"{where}: the answer {answer[-40:]!r} ends in no number: expected #### and the result")
+    return Problem(question.strip(), answer.strip(), number)
+
+
+def records(name: str, file) -> Iterator[tuple[str, object]]:
+    """(where, record) of a file; the record is an InputError where a line is no JSON."""
+    if name.lower().endswith(".parquet"):
+        for number, item in enumerate(read_parquet(name, file, None), 1):
+            yield f"{name}:{number}", item[0] if isinstance(item, list) else {}
+        return
+    for number, line in enumerate(gzip.GzipFile(fileobj=file) if name.lower().endswith(".gz") else file, 1):
+        if line.strip():
+            try:
+                yield f"{name}:{number}", json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as problem:
+                yield f"{name}:{number}", InputError(f"{name}:{number}: malformed JSON ({problem})")
+
+
+def read_problems(name: str, skip_bad: bool) -> tuple[list[Problem], int]:
+    """(the problems of a .jsonl, .jsonl.gz or .parquet file, a folder of them or an hf:// address, lines left out); a question that
+    comes twice counts once. Raises InputError, for a bad line unless `skip_bad`, and if there is no problem at all."""
+    problems, skipped = {}, 0
+    for path, opener in source_files(name):
+        if path.lower().endswith((".txt", ".md")):
+            continue
+        try:
+            with hub_errors(path) if path.startswith("hf://") else contextlib.nullcontext(), opener() as file:
+                for where, record in records(path, file):
+                    try:
+                        problem = make_problem(record, where)
+                    except InputError as error:
+                        if not skip_bad:
+                            raise InputError(f"{error}: mend it, or pass --skip_bad to leave such lines out") from None
+                        skipped += 1
+                    else:
+                        problems.setdefault(problem_key(problem.question), problem)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{path} is not a whole gzip file ({error}): download it again") from None
+    if not problems:
+        raise InputError(f"{name} holds no problems: expected JSON lines with question and answer")
+    return list(problems.values()), skipped
+
+
+# --------------------------------------------------------------------------------------------------------------- teachers
+
+
+def check_tokenizer(where, tokenizer: Tokenizer, vocab_size: int):
+    """InputError unless this tokenizer can be the model's: it makes no token the model does not know, and can write a chat."""
+    size = tokenizer.get_vocab_size()
+    if size > vocab_size:
+        raise InputError(f"{where}: its tokenizer has {size:,} tokens, the model {vocab_size:,}: they do not belong together")
+    missing = [token for token in ("<|im_start|>", "<|im_end|>") if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise InputError(f"{where}: its tokenizer has no {missing[0]}: expected a chat model in ChatML, such as Qwen3's")
+
+
+def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
+    """The tokens of a question up to where the answer begins, as a new document: the same for training, evaluation and teaching."""
+    return [tokenizer.token_to_id("<|endoftext|>"), *chat_ids(tokenizer, [{"role": "user", "content": question}], open_turn=True)]
+
+
+def instruct_ids(tokenizer: Tokenizer, question: str) -> list[int]:
+    """The same for an instruct model of others, which has to be told how to answer."""
+    return chat_ids(tokenizer, [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}], open_turn=True)
+
+
+class LocalTeacher:
+    """A Flow or Pulse in this process, which answers batch_size questions at a time."""
+
+    def __init__(self, model, tokenizer: Tokenizer, stop_ids: Sequence[int], name: str, batch_size: int, encode: Callable = prompt_ids):
+        self.model, self.tokenizer, self.stop_ids, self.name = model, tokenizer, set(stop_ids), name
+        self.encode, self.batch_size = encode, batch_size
+
+    def answers(self, jobs: list[Job], temperature: float, max_new_tokens: int, seed: int) -> Iterator[tuple[Job, Answer]]:
+        """The answers to all jobs, each as soon as it ends. Greedy ones are those each question would get alone."""
+        prompts = {job.key: self.encode(self.tokenizer, job.question) for job in jobs}
+        jobs = sorted(jobs, key=lambda job: len(prompts[job.key]))  # rows of a batch wait for the longest prompt
+        for i in range(0, len(jobs), self.batch_size):
+            batch = jobs[i : i + self.batch_size]
+            torch.manual_seed(zlib.crc32(f"{seed} {batch[0].key} {batch[0].sample}".encode()))  # other samples after a restart
+            made: list[list[int]] = [[] for _ in batch]
+            options = dict(temperature=temperature, stop_ids=list(self.stop_ids))
+            for step in generate(self.model, [prompts[job.key] for job in batch], max_new_tokens, **options):
+                for job, ids, token in zip(batch, made, step.tolist()):
+                    if token < 0:
+                        continue
+                    ids.append(token)
+                    ended = token in self.stop_ids
+                    if ended or len(ids) == max_new_tokens:
+                        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+                        yield job, Answer(text, len(ids), "stop" if ended else "length")
+
+
+def checkpoint_teacher(path: Path, device, batch_size: int) -> LocalTeacher:
+    """A checkpoint of this project; its name holds a checksum of the weights, so that a model trained further is another teacher."""
+    model, tokenizer, _ = load_model(path, device)
+    check_tokenizer(path, tokenizer, model.config.vocab_size)
+    if torch.device(device).type == "cuda":
+        model.bfloat16()
+    name = f"{path}@{weights_checksum(model):08x}"
+    stop_ids = [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    return LocalTeacher(model, tokenizer, stop_ids, name, batch_size)
+
+
+def weights_checksum(model) -> int:
+    total = 0
+    for tensor in model.state_dict().values():
+        total = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), total)
+    return total
+
+
+def pretrained_teacher(folder: Path, name: str, device, batch_size: int) -> LocalTeacher:
+    """A Qwen3 folder of Hugging Face with its own tokenizer; bf16, except on a CPU."""
+    try:
+        model = Flow.from_pretrained(folder, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+        if not (folder / "tokenizer.json").exists():
+            raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: download the folder again")
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        generation, main = (json.loads(path.read_text()) if (path := folder / file).exists() else {}
+                            for file in ("generation_config.json", "config.json"))  # fmt: skip
+    except (ValueError, FileNotFoundError) as problem:
+        raise InputError(f"{' '.join(str(problem).split())}: --teacher takes Qwen3 folders, servers and checkpoints") from problem
+    except Exception as problem:  # tokenizers raises bare Exceptions for a file that is not its own
+        raise InputError(f"{folder}/tokenizer.json is no tokenizer ({problem}): download the folder again") from problem
+    check_tokenizer(folder, tokenizer, model.config.vocab_size)
+    ends = generation.get("eos_token_id", main.get("eos_token_id")) or tokenizer.token_to_id("<|im_end|>")
+    stop_ids = ends if isinstance(ends, list) else [ends]
+    return LocalTeacher(model.to(device).eval(), tokenizer, stop_ids, name, batch_size, instruct_ids)
+
+
+def hub_folder(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(f"{name} is no file or folder here, and from the hub", ValueError):
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def open_teacher(teacher: str, device, batch_size: int, server_model: str | None, concurrency: int):
+    """What --teacher means, ready to answer: http(s)://.../v1, a Hugging Face folder, a checkpoint or run folder, or a hub id."""
+    if teacher.startswith(("http://", "https://")):
+        return ServerTeacher(teacher, server_model, concurrency)
+    path = Path(teacher)
+    if (path / "config.json").exists():
+        return pretrained_teacher(path, str(path), device, batch_size)
+    if path.exists() or teacher.count("/") != 1:
+        if not path.exists():
+            raise InputError(f"--teacher={teacher} does not exist: name a folder, a checkpoint, a hub id or http://host:port/v1")
+        return checkpoint_teacher(find_checkpoint(teacher), device, batch_size)
+    return pretrained_teacher(hub_folder(teacher), teacher, device, batch_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------- server
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+class Retry(Exception):
+    """A request that may succeed later; holds the seconds the server asks to wait, or None."""
+
+    def __init__(self, why: str, wait: float | None = None):
+        super().__init__(why)
+        self.wait = wait
+
+
+def retry_after(headers) -> float | None:
+    """Seconds that a Retry-After header asks for, given as seconds or as a date."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    parsed = email.utils.parsedate_tz(value)
+    return max(0.0, email.utils.mktime_tz(parsed) - time.time()) if parsed else None
+
+
+class ServerTeacher:
+    """An OpenAI-compatible server, asked `concurrency` questions at a time."""
+
+    def __init__(self, url: str, model: str | None, concurrency: int):
+        parts = urllib.parse.urlsplit(url)
+        if parts.username or parts.password or parts.query:
+            raise InputError(f"--teacher={parts.scheme}://{parts.hostname}... holds more than an address: a key belongs into {KEY}")
+        self.url, self.concurrency, self.failed = url.rstrip("/"), concurrency, threading.Event()
+        self.opener = urllib.request.build_opener(NoRedirect)
+        try:
+            models = self.request("models")
+        except Retry as problem:
+            raise InputError(f"{self.url} cannot be reached ({problem}): start the server or mend the address") from None
+        try:
+            names = [entry["id"] for entry in models["data"]]
+        except (KeyError, TypeError):
+            raise InputError(f"{self.url}/models is no list of models: expected an OpenAI-compatible address that ends in /v1") from None
+        if model is None and len(names) != 1:
+            raise InputError(f"{self.url} has {len(names)} models ({', '.join(names[:8])}): choose one with --teacher_model")
+        self.model = model or names[0]
+        self.name = f"{self.model} at {self.url}"
+
+    def request(self, path: str, body: dict | None = None):
+        """The JSON that the server answers. Raises Retry for what may pass, InputError for what will not."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode() if body else None, headers)
+        try:
+            with self.opener.open(request, timeout=TIMEOUT) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as problem:
+            if problem.code in (408, 409, 425, 429) or problem.code >= 500:
+                raise Retry(f"HTTP {problem.code}", retry_after(problem.headers)) from None
+            said = " ".join(problem.read(2000).decode(errors="replace").split())[:200]
+            hint = f"put the key into {KEY}" if problem.code in (401, 403) else "check --teacher and --teacher_model"
+            raise InputError(f"{self.url}/{path}: HTTP {problem.code} ({said}): {hint}") from None
+        except (OSError, http.client.HTTPException, ValueError) as problem:  # refused, cut, timed out, or half an answer
+            raise Retry(str(getattr(problem, "reason", problem)) or type(problem).__name__) from None
+
+    def ask(self, job: Job, temperature: float, max_new_tokens: int, seed: int) -> Answer:
+        content = f"{job.question}\n\n{INSTRUCTION}"
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature,
+                "max_tokens": max_new_tokens, "seed": zlib.crc32(f"{seed} {job.key} {job.sample}".encode()) >> 1}  # fmt: skip
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                reply = self.request("chat/completions", body)
+                break
+            except Retry as problem:
+                if attempt == ATTEMPTS or self.failed.is_set():
+                    remedy = "what has come is kept: give the same command again when the server is well"
+                    raise InputError(f"{self.url} failed {attempt} times in a row ({problem}): {remedy}") from None
+                # Jitter, so that the requests refused together do not come back together.
+                wait = BACKOFF * 2 ** (attempt - 1) * random.uniform(0.75, 1.25) if problem.wait is None else problem.wait
+                time.sleep(min(wait, LONGEST_WAIT))
+        try:
+            choice = reply["choices"][0]
+            text, finish = choice["message"]["content"], choice.get("finish_reason")
+            tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+            return Answer("", 0, "unusable reply")
+        if not isinstance(text, str) or not text.strip():
+            return Answer("", tokens, "empty reply")
+        text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can spell, is no text
+        return Answer(text, tokens, finish if finish in ("stop", "length") else f"finish_reason {finish}")
+
+    def answers(self, jobs: list[Job], temperature: float, max_new_tokens: int, seed: int) -> Iterator[tuple[Job, Answer]]:
+        """The answers to all jobs in the order they come. Raises InputError when the server refuses or stays away."""
+        todo, done = queue.SimpleQueue(), queue.SimpleQueue()
+        self.failed.clear()
+        for job in jobs:
+            todo.put(job)
+
+        def work():
+            try:
+                while not self.failed.is_set():
+                    job = todo.get_nowait()
+                    done.put((job, self.ask(job, temperature, max_new_tokens, seed)))
+            except queue.Empty:
+                return
+            except Exception as problem:  # raised again by the reader below; the others finish what they are asking
+                self.failed.set()
+                done.put(problem)
+            finally:
+                done.put(None)
+
+        working, failure = min(self.concurrency, len(jobs)), None
+        for _ in range(working):
+            threading.Thread(target=work, daemon=True).start()  # daemon: Ctrl-C does not wait for a slow server
+        while working:
+            item = done.get()
+            if item is None:
+                working -= 1
+            elif isinstance(item, Exception):
+                failure = failure or item
+            else:
+                yield item
+        if failure is not None:
+            raise failure
+
+
+# ----------------------------------------------------------------------------------------------------------------- traces
+
+
+def read_traces(path: Path, teacher: str | None) -> dict[tuple[str, int], dict]:
+    """(problem key, sample) -> line of a traces file; a last line that a kill cut short is left out.
+
+    Raises InputError for a malformed line, and when another teacher made the file than the one named.
+    """
+    traces = {}
+    text = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            trace = json.loads(line)
+            traces[trace["key"], trace["sample"]] = trace
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{path}:{number}: not a trace of distill.py: remove the line or name another --traces") from None
+        if teacher is not None and trace["teacher"] != teacher:
+            raise InputError(f"{path} holds answers of {trace['teacher']}, not of {teacher}: remove it or name another --traces")
+    return traces
+
+
+def make_traces(path: Path, teacher, problems: list[Problem], args, say) -> dict[tuple[str, int], dict]:
+    """Ask the teacher for every answer that is not in the file yet and append it there. Returns all, as read_traces does."""
+    numbers = {problem_key(problem.question): problem.number for problem in problems}
+    temperature = (0.0 if args.samples == 1 else 0.7) if args.temperature is None else args.temperature
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not lockf, whose lock ends when any handle of the file is closed
+        except BlockingIOError:
+            raise InputError(f"{path} is being written by another distill.py: wait for it or name another --traces") from None
+        traces = read_traces(path, teacher.name)
+        whole = path.read_bytes()
+        file.truncate(whole.rfind(b"\n") + 1)  # half a line of a run that was killed
+        jobs = [Job(problem_key(p.question), k, p.question) for p in problems for k in range(args.samples)]
+        missing = [job for job in jobs if (job.key, job.sample) not in traces]
+        say(f"traces: {len(jobs) - len(missing):,} of {len(jobs):,} answers are in {path}; teacher {teacher.name}")
+        began, tokens, told = time.perf_counter(), 0, time.perf_counter()
+        for n, (job, answer) in enumerate(teacher.answers(missing, temperature, args.max_new_tokens, args.seed), 1):
+            trace = trace_of(job, answer, numbers[job.key]) | {"teacher": teacher.name, "temperature": temperature}
+            file.write(json.dumps(trace, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            traces[job.key, job.sample] = trace
+            tokens += answer.tokens
+            if time.perf_counter() - told > 10 or n == len(missing):
+                told = time.perf_counter()
+                rate = n / (told - began)
+                eta = datetime.timedelta(seconds=round((len(missing) - n) / rate))
+                say(f"traces: {n:,}/{len(missing):,}  {tokens / (told - began):,.0f} tokens/s  eta {eta}", flush=True)
+    return {(job.key, job.sample): traces[job.key, job.sample] for job in jobs}
+
+
+def trace_of(job: Job, answer: Answer, number: Fraction) -> dict:
+    """One line of a traces file; `question` and `answer` are the fields of a problem file."""
+    final = final_number(answer.text)
+    return {
+        "key": job.key, "sample": job.sample, "question": job.question, "answer": answer.text, "reference": str(number),
+        "final": None if final is None else str(final), "correct": final == number, "finish": answer.finish, "tokens": answer.tokens,
+    }  # fmt: skip
+
+
+def chosen_traces(traces: dict, keep: str, say) -> list[tuple[str, str]]:
+    """(question, answer) of the traces to train on, each once: those that are right, or all; never one that was cut off, because its
+    end would be learned as an end. Says what the teacher yielded."""
+    lines = list(traces.values())
+    ended = [t for t in lines if t["finish"] == "stop" and t["answer"].strip()]
+    kept = [t for t in ended if t["correct"] or keep == "all"]
+    pairs = list(dict.fromkeys((t["question"], t["answer"].strip()) for t in kept))
+    n, tokens = max(1, len(lines)), sum(t["tokens"] for t in lines)
+    right, silent = sum(t["correct"] for t in lines), sum(t["final"] is None for t in lines)
+    say(f"traces: {right:,} of {len(lines):,} answers right ({right / n:.1%}), {silent:,} without a final number, "
+        f"{len(lines) - len(ended):,} cut off or empty; {tokens:,} tokens, {tokens / n:.0f} per answer")  # fmt: skip
+    questions = len({t["key"] for t in kept})
+    say(f"traces: {len(kept):,} kept (--keep={keep}), {len(pairs):,} of them different, for {questions:,} questions")
+    return pairs

@@ -1,0 +1,184 @@
+"""Hugging Face folders: what transformers makes of Flow's, the way back of both models, and publishing, at a Hub on the loopback."""
+
+import base64
+import dataclasses
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import convert
+import prepare
+import publish
+from checkpoint import load_model, save_checkpoint
+from model import Flow, FlowConfig, generate
+from prepare import InputError
+from snn_model import Pulse, PulseConfig
+
+FLOW = dict(n_layer=3, n_head=4, n_kv_head=2, d_model=64, head_dim=16, d_ff=96, window=40, global_every=2, max_seq_len=192)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a run of each model, at its random start, but Flow's matrices enlarged so that attention matters."""
+    torch.manual_seed(0)
+    rng, out = np.random.default_rng(0), tmp_path_factory.mktemp("runs")
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(200)]
+    tokenizer = prepare.train_tokenizer([" ".join(words[i] for i in rng.zipf(1.4, 5000) % 200)], 300)
+    flow, pulse = Flow(FlowConfig(vocab_size=300, **FLOW)), Pulse(PulseConfig(vocab_size=300, n_layer=3, d_model=64, d_hidden=96, n_head=2))
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.mul_(6 if p.ndim == 2 else 1)
+    for kind, model in (("flow", flow), ("pulse", pulse)):
+        (out / kind).mkdir()
+        content = {"model": kind, "config": dataclasses.asdict(model.config), "weights": model.state_dict(), "phase": 1, "step": 7}
+        save_checkpoint(out / kind / "phase1.pt", content | {"tokenizer": tokenizer.to_str()})
+    return out
+
+
+def test_a_flow_folder_is_what_transformers_reads(runs, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (runs / "flow" / "log.jsonl").write_text(json.dumps({"step": 7, "phase": 1, "tokens": 99, "val_loss": 3.25, "val_bpb": 1.5}) + "\n")
+    convert.main([f"--ckpt={runs / 'flow'}", "--to=hf", f"--out={tmp_path / 'hf'}"])
+    ours, tokenizer, _ = load_model(runs / "flow" / "phase1.pt")
+    theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = torch.randint(4, 300, (2, 120))  # without <|pad|>, which transformers would mask
+    with torch.inference_mode():
+        assert (theirs(ids).logits - ours(ids)[0]).abs().max() < 1e-4
+        greedy = theirs.generate(ids[:1, :50], max_new_tokens=64, do_sample=False, eos_token_id=None)[0, 50:]
+    assert greedy.tolist() == [int(t) for t in generate(ours, ids[:1, :50], 64, temperature=0)]
+
+    messages = [{"role": "user", "content": "abcd efgh?\nYes."}, {"role": "assistant", "content": "aa"}, {"role": "user", "content": "b"}]
+    rendered = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert rendered == [0, *prepare.chat_ids(tokenizer, messages, open_turn=True)]
+    assert "| 1 | 7 | 99 | 3.250 | 1.500 |" in (tmp_path / "hf" / "README.md").read_text()
+
+    again = Flow.from_pretrained(tmp_path / "hf")
+    assert again.config == ours.config
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_pulse_folder_comes_back(runs, tmp_path):
+    convert.main([f"--ckpt={runs / 'pulse'}", "--to=hf", f"--out={tmp_path / 'hf'}"])
+    ours, tokenizer, _ = load_model(runs / "pulse" / "phase1.pt")
+    again, their_tokenizer = publish.read_folder(tmp_path / "hf")
+    assert again.config == ours.config and their_tokenizer.to_str() == tokenizer.to_str()
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="is not a folder of"):
+        publish.read_folder(tmp_path / "hf")
+
+
+# ---- publishing ----
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as an upload needs; what was committed is kept in `files`, what was asked in `seen`."""
+
+    def answer(self, content, code=200):
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.answer({"id": "me/it", "sha": "0" * 40, "siblings": [], "private": False, "tags": []})
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub = self.server
+        hub.seen.append((self.path, self.headers.get("Authorization")))
+        if hub.refuses:
+            return self.answer({"error": "no"}, 403)
+        if self.path == "/api/repos/create":
+            hub.created = json.loads(body)
+            return self.answer({"url": f"http://localhost:{hub.server_port}/me/it"})
+        if "/preupload/" in self.path:
+            names = [f["path"] for f in json.loads(body)["files"]]
+            return self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+        if "/commit/" in self.path:
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    hub.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            return self.answer({"commitUrl": f"http://localhost:{hub.server_port}/me/it/commit/{'0' * 40}", "commitOid": "0" * 40})
+        return self.answer({})
+
+
+@pytest.fixture
+def hub():
+    with http.server.ThreadingHTTPServer(("localhost", 0), Hub) as server:
+        server.files, server.seen, server.refuses = {}, [], False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def call(hub, command, home, token, cwd):
+    """A command with the Hub at the loopback, and a token where huggingface_hub looks for it."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_ENDPOINT": f"http://localhost:{hub.server_port}", "HF_HOME": str(home / "home"), "HF_HUB_DISABLE_XET": "1"}
+    env |= {"HF_TOKEN": token} if token else {}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120, env=env)
+
+
+def push(hub, run, name, folder, token="hf_secret"):
+    command = [sys.executable, str(ROOT / "convert.py"), "--to=hf", f"--ckpt={run}", f"--out={folder / 'hf'}", f"--push={name}"]
+    return call(hub, command, folder, token, cwd=folder)
+
+
+def test_a_folder_is_published(hub, runs, tmp_path):
+    done = push(hub, runs / "flow", "me/it", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hub.files == {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    assert all(token == "Bearer hf_secret" for _, token in hub.seen) and hub.created["name"] == "it"
+    assert "hf_secret" not in done.stdout + done.stderr and not any(b"hf_secret" in content for content in hub.files.values())
+
+
+@pytest.mark.parametrize("name, token, refuses, match", [
+    ("me/it", "hf_secret", True, "--push=me/it was refused by the Hub (403)"),
+    ("me/it/too", "hf_secret", False, "--push=me/it/too is not a name"),
+    ("me/it", None, False, "run `hf auth login` first"),
+])  # fmt: skip
+def test_a_push_that_fails_says_why(hub, runs, tmp_path, name, token, refuses, match):
+    hub.refuses = refuses
+    done = push(hub, runs / "flow", name, tmp_path, token)
+    assert done.returncode == 2 and match in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr and (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_data_is_published_with_a_card(hub, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    counts = {"documents": 2, "bytes": 30, "tokens": 9}
+    phases = {"1": {split: counts | {"shards": [f"phase1_{split}_00000.bin"]} for split in ("train", "val")}}
+    meta = {"fingerprint": "ab", "vocab_size": 300, "phases": phases, "sources": {"1": ["mybook.txt"]}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for split in ("train", "val"):
+        (folder / f"phase1_{split}_00000.bin").write_bytes(b"tokens")
+    code = f"import publish; publish.push_data({str(folder)!r}, 'me/it')"
+    done = call(hub, [sys.executable, "-c", code], tmp_path, "hf_secret", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert hub.created["type"] == "dataset" and set(hub.files) == {"README.md", *(p.name for p in folder.iterdir())}
+    assert "| 1 | train | 2 | 30 | 9 | mybook.txt |" in hub.files["README.md"].decode()

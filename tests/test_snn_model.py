@@ -1,0 +1,630 @@
+"""Pulse keeps its promises: spikes feed the matrices, snntorch is the neuron, linear time and constant state, causal, alive.
+
+The slow references are loops over tokens, with snntorch's own forward where a neuron is concerned.
+"""
+
+import dataclasses
+import gc
+import math
+import signal
+import subprocess
+import sys
+import time
+import weakref
+
+import numpy as np
+import pytest
+import snntorch
+import torch
+import torch.nn as nn
+from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as flow
+from checkpoint import load_checkpoint, save_checkpoint
+from model import Flow, FlowConfig, generate
+from muon import build_optimizers
+from snn_model import CHUNK, PRESETS, Neuron, Pulse, PulseConfig, associate, delay, leak
+
+TINY = PulseConfig(vocab_size=61, n_layer=2, d_model=16, d_hidden=24, num_steps=3, n_head=2, memory_every=2)
+LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+
+
+def make(config=TINY, seed=0, dtype=torch.float32):
+    """A Pulse whose every parameter matters: logits of size 1, biases, and a memory that leaks and writes as its input tells it."""
+    torch.manual_seed(seed)
+    model = Pulse(config).eval()
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(10)
+        for name, p in model.named_parameters():
+            if name.endswith(("decay.weight", "write.weight")):
+                p.normal_(std=0.2)
+            elif name.endswith((".bias", ".gain")):
+                p.add_(torch.randn_like(p) * 0.1)
+    return model.to(dtype)
+
+
+def tokens(B, T, seed=1, vocab_size=TINY.vocab_size):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def pieces(model, x, sizes):
+    """The logits [B, 1, V] after each piece of x, the pieces read one after the other with one state."""
+    state, start, logits = model.init_state(x.size(0)), 0, []
+    for size in sizes:
+        logits.append(model(x[:, start : start + size], state=state)[0])
+        start += size
+    assert start == x.size(1)
+    return logits
+
+
+class Listener:
+    """What goes into every nn.Linear of a model while it is open: {name: [B, T, features]}, pieces of a sequence joined."""
+
+    def __init__(self, model):
+        self.model, self.heard = model, {}
+
+    def __enter__(self):
+        linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        self.hooks = [
+            m.register_forward_pre_hook(lambda _, args, name=name: self.heard.setdefault(name, []).append(args[0].detach()))
+            for name, m in linears.items()
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+        self.heard = {name: torch.cat(parts, 1) for name, parts in self.heard.items()}
+
+
+class Operations(TorchDispatchMode):
+    """Every tensor that an operation returns is shown to `look(operation, arguments, result)`."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for out in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(out, torch.Tensor):
+                self.look(operation.overloadpacket, args, out)
+        return result
+
+
+# ---- promise 1: spikes feed the matrices ----
+
+
+def micro_steps(U, K):
+    """Spikes of K micro-steps of snntorch's neuron that gets U in the first and nothing after it."""
+    neuron, total, mem = snntorch.Leaky(beta=1.0, threshold=1.0, reset_mechanism="subtract"), torch.zeros_like(U), torch.zeros_like(U)
+    for step in range(K):
+        spikes, mem = neuron(U if step == 0 else torch.zeros_like(U), mem)
+        total += spikes
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("K", [1, 2, 4, 8])
+def test_fire_equals_micro_steps_of_snntorch(K, dtype):
+    n = torch.arange(-12, 13, dtype=dtype)
+    big = torch.tensor([-math.inf, -1e30, -1e6, -1e-30, -0.0, 0.0, 1e-30, 1e6, 1e30, math.inf], dtype=dtype)
+    up, down = torch.nextafter(n, torch.full_like(n, math.inf)), torch.nextafter(n, torch.full_like(n, -math.inf))
+    U = torch.cat([n, up, down, n + 0.5, big, torch.randn(5000, generator=torch.Generator().manual_seed(K), dtype=dtype) * K])
+    config = dataclasses.replace(TINY, num_steps=K)
+    for signed in (False, True):
+        counts = Neuron(U.numel(), config, 1.0, signed=signed).fire(U)
+        assert torch.equal(counts, micro_steps(U, K) - (micro_steps(-U, K) if signed else 0))
+        assert counts.max() == K and counts.min() == (-K if signed else 0)
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_surrogate_counts_every_level_once(K):
+    """Its area is K, as the staircase rises by K (micro-steps backpropagated through would give more); no neuron is out of reach."""
+    config, U = dataclasses.replace(TINY, num_steps=K), torch.linspace(-12, 12, 400_001, dtype=torch.double).sinh().requires_grad_()
+    slopes = []
+    for signed in (False, True):
+        counts = Neuron(U.numel(), config, 1.0, signed=signed).fire(U)
+        slopes.append(torch.autograd.grad(counts.sum(), U)[0])
+    plain, both = slopes
+    U = U.detach()
+    assert torch.trapezoid(plain, U).item() == pytest.approx(K, rel=1e-3)
+    assert (plain > 0).all() and plain.max() <= 1
+    torch.testing.assert_close(both, torch.where(U < 0, plain.flip(0), plain))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("K", [1, 4])
+def test_the_input_of_every_matrix_is_spike_counts(K, bf16, train):
+    model, x = make(dataclasses.replace(TINY, num_steps=K)).train(train), tokens(2, 50)
+    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert len(linears) == 11 and "lm_head" in linears
+    for sizes in (None, [1] * 50):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), Listener(model) as listener:
+            model(x) if sizes is None else pieces(model, x, sizes)
+        assert listener.heard.keys() == linears
+        for name, s in listener.heard.items():
+            assert s.dtype == (torch.bfloat16 if bf16 else torch.float32) and s.shape[:2] == (2, 50), name
+            assert torch.equal(s, s.round()) and s.abs().max() == K, name
+
+
+def test_no_other_product_has_a_weight_in_it():
+    """Looking at the operations themselves, the head inside the loss included: a matrix is multiplied with spike counts or not at all."""
+    model, x, seen = make().train(), tokens(2, 50), set()
+    weights = {p.data_ptr(): name for name, p in model.named_parameters() if p.ndim == 2}
+
+    def look(operation, args, out):
+        if operation in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            factors = args[-2:]
+            for weight, other in (factors, factors[::-1]):
+                if weight.data_ptr() in weights:
+                    seen.add(weights[weight.data_ptr()])
+                    assert torch.equal(other, other.round()) and 0 < other.abs().max() <= TINY.num_steps
+
+    with torch.no_grad(), Operations(look):
+        model(x, x)
+    assert seen == set(weights.values())
+
+
+def products(config):
+    """Multiply-accumulates of a token in (matrices, memories): (synapses, reading, finding, writing and leaking S)."""
+    n_memory = config.n_layer // config.memory_every
+    blocks = 2 * config.n_layer * config.d_model * config.d_hidden + n_memory * 4 * config.d_model**2
+    matrices = config.vocab_size * config.d_model + blocks + n_memory * 2 * config.n_head * config.d_model
+    return matrices, n_memory * 4 * config.d_model**2 // config.n_head
+
+
+def test_nearly_all_products_of_a_token_are_accumulates():
+    counted, config = {torch.ops.aten.mm: 0, torch.ops.aten.bmm: 0}, PRESETS["nano"]
+
+    def look(operation, args, out):
+        operation = torch.ops.aten.mm if operation == torch.ops.aten.addmm else operation  # a bias is an addition
+        if operation in counted:
+            counted[operation] += out.numel() * args[-2].size(-1)
+
+    model = Pulse(config)
+    with torch.no_grad(), Operations(look):
+        model(tokens(1, 1), state=model.init_state(1))
+    leaking = config.d_model**2 // config.n_head  # the one product that is not a matrix product
+    assert (counted[torch.ops.aten.mm], counted[torch.ops.aten.bmm] + leaking) == products(config)
+    for config in PRESETS.values():
+        matrices, memories = products(config)
+        assert 0 < memories < 0.05 * (matrices + memories)
+
+
+# ---- promise 2: snntorch is the neuron ----
+
+
+def make_neuron(n=12, signed=False, normed=True):
+    """With a beta for each neuron, some beyond what snntorch clamps to [0, 1]."""
+    torch.manual_seed(n)
+    neuron = Neuron(n, TINY, 2.0, torch.full((n,), 2.0), signed=signed, normed=normed).double()
+    with torch.no_grad():
+        neuron.beta.copy_(torch.linspace(-0.1, 1.05, n))
+        neuron.bias.normal_()
+        neuron.gain.add_(torch.randn(n) * 0.3)
+    return neuron
+
+
+def token_by_token(neuron, x, mem):
+    """Neuron written out: snntorch's own forward for every token, and autograd through it."""
+    scale = ((x**2).mean(-1, keepdim=True) + TINY.norm_eps).sqrt() if neuron.normed else 1
+    spikes = []
+    for current in (x / scale * neuron.gain + neuron.bias).unbind(1):
+        s, mem = snntorch.Leaky.forward(neuron, current, mem)
+        spikes.append(s)
+    return torch.stack(spikes, 1), mem
+
+
+@pytest.mark.parametrize("signed, normed", [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("T", LENGTHS)
+def test_neuron_is_snntorchs_recurrence(T, signed, normed):
+    neuron = make_neuron(signed=signed, normed=normed)
+    assert isinstance(neuron, snntorch.Leaky)
+    x, mem = torch.randn(3, T, 12, dtype=torch.double, requires_grad=True), torch.randn(3, 12, dtype=torch.double, requires_grad=True)
+    inputs = {"x": x, "mem": mem} | dict(neuron.named_parameters())
+    assert inputs.keys() == {"x", "mem", "beta", "gain", "bias"}
+    results = []
+    for form in (neuron, lambda *args: token_by_token(neuron, *args)):
+        spikes, after = form(x, mem)
+        torch.manual_seed(T)
+        total = (spikes * torch.randn_like(spikes)).sum() + (after * torch.randn_like(after)).sum()
+        results.append((spikes, after, dict(zip(inputs, torch.autograd.grad(total, list(inputs.values()))))))
+    (spikes, after, gradients), (spikes_, after_, gradients_) = results
+    assert torch.equal(spikes, spikes_) and spikes.unique().numel() > (1 if T < 3 else TINY.num_steps)
+    torch.testing.assert_close(after, after_, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients, gradients_, rtol=1e-10, atol=1e-10)
+
+
+def test_leak_runs_forwards_and_backwards():
+    for T in LENGTHS:
+        torch.manual_seed(T)
+        x, beta, carry = torch.randn(2, T, 5, dtype=torch.double), torch.rand(5, dtype=torch.double), torch.randn(2, 5, dtype=torch.double)
+        for reverse in (False, True):
+            U, expected = carry, torch.zeros_like(x)
+            for t in reversed(range(T)) if reverse else range(T):
+                U = expected[:, t] = beta * U + x[:, t]
+            torch.testing.assert_close(leak(x, beta, carry, reverse), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_beta_is_each_neurons_own_and_is_the_decay():
+    """A single input fades by beta per token: not by another neuron's (LeakyParallel), not by exp(-(1 - beta)) (StateLeaky)."""
+    for T in LENGTHS:
+        neuron = make_neuron(normed=False)
+        with torch.no_grad():
+            neuron.bias.zero_()
+        x = torch.zeros(1, T, 12, dtype=torch.double)
+        x[:, 0] = 1 / neuron.gain.detach()
+        _, mem = neuron(x, torch.zeros(1, 12, dtype=torch.double))
+        torch.testing.assert_close(mem[0], neuron.beta.clamp(0, 1) ** (T - 1), rtol=1e-12, atol=1e-12)
+
+
+def test_firing_takes_nothing_from_the_membrane():
+    """In snntorch 1.0.0 reset_delay=False subtracts at the wrong time; here no token subtracts at all, however strong the spikes."""
+    neuron, x = make_neuron(normed=False), torch.full((1, 2 * CHUNK, 12), 3.0, dtype=torch.double)
+    assert neuron.reset_delay
+    zero = torch.zeros(1, 12, dtype=torch.double)
+    spikes, mem = neuron(x, zero)
+    assert (spikes == TINY.num_steps).any()
+    expected = sum(neuron.beta.clamp(0, 1) ** t * (3 * neuron.gain + neuron.bias) for t in range(2 * CHUNK))
+    torch.testing.assert_close(mem[0], expected)
+    for t in range(2 * CHUNK):
+        _, zero = neuron(x[:, t : t + 1], zero)
+    torch.testing.assert_close(zero[0], expected)
+
+
+def test_sequences_do_not_meet_in_a_neuron():
+    """snntorch keeps the last membrane and takes it up when none is passed: nothing of it may be seen."""
+    model, x, y = make(dtype=torch.float64), tokens(2, 40), tokens(2, 40, seed=2)
+    alone = torch.cat(pieces(model, x, [1] * 40), 1)
+    states, together = (model.init_state(2), model.init_state(2)), []
+    for t in range(40):
+        together.append(model(x[:, t : t + 1], state=states[0])[0])
+        model(y[:, t : t + 1], state=states[1])
+    assert torch.equal(alone, torch.cat(together, 1)) and torch.equal(alone[:, :1], model(x[:, :1])[0])
+    assert not torch.equal(pieces(model, y, [40])[0], alone[:, -1:])
+
+
+def test_snntorch_keeps_no_model_alive():
+    others = [snntorch.Leaky(beta=0.5), snntorch.Leaky(beta=0.5)]
+    model = make()
+    model(tokens(1, 3))
+    assert all(any(a is b for b in snntorch.SpikingNeuron.instances) for a in others)  # what others rely on is left alone
+    assert not any(isinstance(neuron, Neuron) for neuron in snntorch.SpikingNeuron.instances)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_ten_thousand_tokens_one_by_one_in_fp32():
+    """Logits to 1e-4. A membrane may differ in its last bit on the other side of a threshold: one such flip is allowed, counted as
+    all the deviations within four of the slowest time constants of the first one, in which what it disturbed is forgotten.
+    """
+    T, forget = 10_000, 4 * 256
+    model, x = make(dataclasses.replace(TINY, n_layer=1, memory_every=1, vocab_size=31)), tokens(1, T, vocab_size=31)
+    with torch.inference_mode():
+        whole, state = model(x)[0], model.init_state(1)
+        stepwise = torch.cat([model(x[:, t : t + 1], state=state)[0] for t in range(T)], 1)
+    assert whole.std() > 0.5
+    off = ((whole - stepwise).abs().amax(-1)[0] > 1e-4).nonzero().flatten()
+    assert len(off) == 0 or off[-1] - off[0] < forget, off
+
+
+# ---- the associative memory and the delay ----
+
+
+def random_memory(T, B=2, H=2, D=4):
+    """Arguments of `associate` in fp64: unit keys, some leaks strong enough to clear the memory."""
+    torch.manual_seed(T)
+    q, k, v = torch.randn(3, B, H, T, D, dtype=torch.double)
+    decay = -torch.exp(torch.randn(B, H, T, dtype=torch.double) * 2 - 2)
+    decay[..., T // 2] = -40
+    write, S = torch.rand(B, H, T, dtype=torch.double), torch.randn(B, H, D, D, dtype=torch.double)
+    return [a.requires_grad_() for a in (q, k / k.norm(dim=-1, keepdim=True), v, decay, write, S)]
+
+
+def delta_rule(q, k, v, decay, write, S):
+    """Row by row: forget, see what the key brings up, write the difference under it, read."""
+    B, H, T, _ = q.shape
+    out, last = torch.zeros_like(q), torch.zeros_like(S)
+    for b in range(B):
+        for h in range(H):
+            M = S[b, h]
+            for t in range(T):
+                M = M * decay[b, h, t].exp()
+                found = (k[b, h, t][:, None] * M).sum(0)
+                M = M + torch.outer(k[b, h, t], write[b, h, t] * (v[b, h, t] - found))
+                out[b, h, t] = (q[b, h, t][:, None] * M).sum(0)
+            last[b, h] = M
+    return out, last
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+def test_memory_equals_a_loop_over_tokens(T):
+    arguments, results = random_memory(T), []
+    for form in (associate, delta_rule):
+        o, S = form(*arguments)
+        torch.manual_seed(0)
+        total = (o * torch.randn_like(o)).sum() + (S * torch.randn_like(S)).sum()
+        results.append((o, S, torch.autograd.grad(total, arguments)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("cut", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK])
+def test_memory_goes_on_from_where_it_was(cut):
+    *sequences, S = [a.detach() for a in random_memory(2 * CHUNK + 7)]
+    o, last = associate(*sequences, S)
+    first, S = associate(*(a[:, :, :cut] for a in sequences), S)
+    second, S = associate(*(a[:, :, cut:] for a in sequences), S)
+    torch.testing.assert_close((torch.cat([first, second], 2), S), (o, last), rtol=1e-12, atol=1e-12)
+
+
+def test_half_of_the_fibres_arrive_one_token_late():
+    s, late = torch.randn(2, 7, 6), torch.randn(2, 3)
+    out, on_the_way = delay(s, late)
+    for t in range(7):
+        assert torch.equal(out[:, t, :3], s[:, t, :3]) and torch.equal(out[:, t, 3:], late if t == 0 else s[:, t - 1, 3:])
+    assert torch.equal(on_the_way, s[:, 6, 3:])
+
+
+# ---- promises 3 and 4: linear time, constant state, causal ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_causal_bitwise(dtype):
+    T = 2 * CHUNK + 7
+    model, x = make(dtype=dtype), tokens(1, T)
+    with torch.no_grad():
+        before = model(x)[0]
+        for t in range(T):
+            changed = x.clone()
+            changed[0, t] = (changed[0, t] + 1) % TINY.vocab_size
+            after = model(changed)[0]
+            assert torch.equal(after[:, :t], before[:, :t]) and not torch.equal(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize("changes", [{}, {"tau_max": 1.0}, {"memory_every": 9}, {"n_layer": 3, "memory_every": 1, "num_steps": 8}])
+def test_whole_chunked_and_single_tokens_agree(changes):
+    model, x = make(dataclasses.replace(TINY, **changes), dtype=torch.float64), tokens(2, 4 * CHUNK + 3)
+    T = x.size(1)
+    with torch.no_grad():
+        with Listener(model) as whole:
+            logits, _ = model(x)
+        for sizes in ([1] * T, [CHUNK, 1, CHUNK - 1, 2, CHUNK + 1, T - 3 * CHUNK - 3]):
+            with Listener(model) as pieced:
+                parts = pieces(model, x, sizes)
+            ends = np.cumsum(sizes) - 1
+            torch.testing.assert_close(torch.cat(parts, 1), logits[:, ends], rtol=0, atol=1e-12)
+            for name, spikes in whole.heard.items():  # the head sees the last token of a piece only
+                assert torch.equal(pieced.heard[name], spikes[:, ends] if name == "lm_head" else spikes), name
+
+
+def held(state):
+    """(numbers, bytes) that a state holds, in whatever nesting; a view holds all of what it is a view of."""
+    if isinstance(state, torch.Tensor):
+        return np.array([state.numel(), state.untyped_storage().nbytes()])
+    return sum(map(held, state), np.zeros(2, dtype=int)) if state is not None else np.zeros(2, dtype=int)
+
+
+@torch.inference_mode()
+def test_state_does_not_grow():
+    model, x = make(), tokens(2, 2000)
+    state, start = model.init_state(2), 0
+    sizes = [tuple(held(state.layers))]
+    for size in (1, 9, 190, 1799, 1):
+        model(x[:, start : start + size], state=state)
+        start += size
+        sizes.append(tuple(held(state.layers)))
+    assert start == 2000 and set(sizes) == {sizes[0]} and sizes[0][0] > 0
+
+
+def test_no_tensor_grows_with_the_square_of_the_length():
+    totals = []
+    for T in (512, 1024):
+        model, x, elements = make().train(), tokens(1, T), []
+
+        def look(operation, args, out, T=T, elements=elements):
+            assert sum(size >= T for size in out.shape) < 2, (operation, out.shape)
+            elements.append(out.numel())
+
+        with Operations(look):
+            model(x)
+            model(x, x)[1].backward()
+        totals.append(sum(elements))
+    assert 1.8 < totals[1] / totals[0] < 2.1
+
+
+def test_generation_equals_recomputing_everything():
+    """Unequal prompts, in fp64 so that a batch and a row of it round alike."""
+    model = make(dtype=torch.float64)
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (3, CHUNK + 2, 1, 3)]
+    table = torch.stack(list(generate(model, prompts, 12, temperature=0)), 1)
+    for prompt, row in zip(prompts, table.tolist()):
+        text = list(prompt)
+        for _ in range(12):
+            text.append(int(model(torch.tensor([text]))[0][0, -1].argmax()))
+        assert [t for t in row if t >= 0] == text[len(prompt) :]
+    model(tokens(2, 5), tokens(2, 5))[1].backward()  # what generation left in the neurons is not in the way of training
+
+
+# ---- training ----
+
+
+def test_targets_give_the_mean_loss_of_the_logits():
+    model, x, y = make(), tokens(2, 40), tokens(2, 40, seed=2)
+    y[0, :5] = -1
+    nothing, loss = model(x, y)
+    logits, none = model(x)
+    assert nothing is None and none is None and logits.shape == (2, 40, TINY.vocab_size)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1))
+
+
+def test_checkpointing_changes_memory_not_results():
+    model, x, y = make().train(), tokens(2, 40), tokens(2, 40, seed=2)
+    losses, gradients, calls = [], [], []
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        losses.append(model(x, y)[1])
+        losses[-1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert torch.equal(*losses) and len(calls) == 3  # forward, and with checkpointing once more in the backward pass
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rate_penalty_is_the_derivative_of_a_price_per_spike(checkpointing):
+    """Against autograd through the mean number of spikes per synapse and token, written out and added to the loss."""
+    model, x, y = make(dtype=torch.float64).train(), tokens(2, 40), tokens(2, 40, seed=2)
+    fired, fan_outs = [], dict(model.fan_outs())
+    hooks = [
+        neuron.register_forward_hook(lambda _, args, out, fan_out=fan_out: fired.append(out[0].abs().sum() * fan_out))
+        for neuron, fan_out in fan_outs.items()
+    ]
+    loss = model(x, y)[1]
+    for hook in hooks:
+        hook.remove()
+    assert len(fired) == len(fan_outs)
+    synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in fan_outs.items())
+    expected = torch.autograd.grad(loss + 0.3 * sum(fired) / (synapses * x.numel()), list(model.parameters()))
+    model.rate_penalty, model.checkpointing = 0.3, checkpointing
+    penalised = model(x, y)[1]
+    assert torch.equal(penalised, loss)
+    penalised.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(expected), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parameter_count(seed):
+    rng = np.random.default_rng(seed)
+    n_head = int(rng.integers(1, 4))
+    config = PulseConfig(
+        vocab_size=int(rng.integers(10, 99)), n_layer=int(rng.integers(1, 6)), d_model=2 * n_head * int(rng.integers(1, 9)),
+        d_hidden=int(rng.integers(1, 99)), n_head=n_head, memory_every=int(rng.integers(1, 5)),
+    )  # fmt: skip
+    assert config.num_params() == sum(p.numel() for p in Pulse(config).parameters())
+
+
+def test_presets_are_as_large_as_flows():
+    assert PRESETS.keys() == flow.PRESETS.keys()
+    for name, config in PRESETS.items():
+        theirs = flow.PRESETS[name]
+        assert (config.n_layer, config.d_model, config.vocab_size) == (theirs.n_layer, theirs.d_model, theirs.vocab_size)
+        assert config.num_params() == pytest.approx(theirs.num_params(), rel=0.02)
+
+
+def test_muon_gets_the_big_matrices_and_nothing_small_decays():
+    model = make()
+    names = {id(p): name for name, p in model.named_parameters()}
+    linears = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+    expected = {name for name in names.values() if name.split(".")[-2] in linears}
+    assert {names[id(p)] for p in model.muon_params()} == expected and len(expected) == 8
+    decaying = {
+        names[id(p)] for optimizer in build_optimizers(model, 0.01) for group in optimizer.param_groups
+        if group["weight_decay"] for p in group["params"]
+    }  # fmt: skip
+    assert not [name for name in decaying if name.endswith((".beta", ".gain", ".bias"))]
+
+
+def test_every_parameter_of_a_fresh_model_learns():
+    torch.manual_seed(0)
+    model, x = Pulse(PRESETS["nano"]), tokens(2, 100, vocab_size=1024)
+    _, loss = model(x, tokens(2, 100, seed=2, vocab_size=1024))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(1024), rel=0.05)
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert 0 < torch.stack([p.grad.norm() for p in model.parameters()]).norm() < 100
+
+
+# ---- what bad input gets ----
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(num_steps=0), "num_steps=0 must be at least 1"),
+        (dict(n_layer=0), "n_layer=0 must be at least 1"),
+        (dict(tau_max=0.5), "tau_max=0.5 must be at least 1 token"),
+        (dict(d_model=18), r"d_model=18 must be a multiple of 2 \* n_head=4"),
+    ],
+)
+def test_impossible_sizes(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **wrong)
+
+
+def test_a_state_of_another_batch_size():
+    model = make()
+    with pytest.raises(ValueError, match="holds 2 sequences, the input 3: make one with init_state"):
+        model(tokens(3, 4), state=model.init_state(2))
+
+
+# ---- the scripts ----
+
+SIZES = ["--n_layer=2", "--d_model=32", "--d_hidden=40", "--n_head=2", "--memory_every=2", "--num_steps=2"]
+RUN = ["--model=pulse", "--phase=1", "--steps=60", "--save_interval=7", "--eval_interval=60", "--eval_tokens=256", "--log_interval=5"]
+RUN += [*SIZES, "--seq_len=40", "--batch_size=2", "--device=cpu"]
+
+
+def start(script, *options):
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def fails(process, match):
+    """The script ends with exit code 2 and this one line."""
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and len(errors.splitlines()) == 1 and errors.startswith("error: ") and match in errors, errors
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 7))) for _ in range(100)]
+    (folder / "text.txt").write_text("\n".join(" ".join(rng.choice(words, 12)) + "." for _ in range(600)))
+    process = start("prepare.py", folder / "text.txt", f"--out={folder / 'text'}", "--vocab_size=300")
+    assert process.wait(120) == 0, process.stderr.read()
+    return folder / "text"
+
+
+def test_killed_and_started_again_ends_in_the_same_weights(data, tmp_path):
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
+    processes = [start("train.py", f"--data={data}", f"--out={out}", *RUN) for out in (killed, whole)]
+    deadline = time.monotonic() + 120
+    while not (killed / "last.pt").exists():
+        assert processes[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    processes[0].send_signal(signal.SIGKILL)
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert processes[1].returncode == 0 and not (killed / "phase1.pt").exists(), outputs
+    again = start("train.py", f"--data={data}", f"--out={killed}", *RUN)
+    output, errors = again.communicate(timeout=120)
+    assert again.returncode == 0 and "continuing" in output, errors
+    a, b = (load_checkpoint(out / "phase1.pt") for out in (whole, killed))
+    assert a["model"] == "pulse" and a["weights"].keys() == b["weights"].keys()
+    assert all(torch.equal(weight, b["weights"][name]) for name, weight in a["weights"].items())
+
+
+def test_bad_input_to_the_scripts(data, tmp_path):
+    tokenizer = (data / "tokenizer.json").read_text()
+    small = FlowConfig(vocab_size=300, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=16, global_every=1)
+    for name, network in (("flow", Flow(small)), ("pulse", Pulse(dataclasses.replace(TINY, vocab_size=300)))):
+        contents = dict(model=name, config=dataclasses.asdict(network.config), weights=network.state_dict(), tokenizer=tokenizer)
+        save_checkpoint(tmp_path / f"{name}.pt", contents | dict(phase=1, step=1))
+    train = ["train.py", "--model=pulse", f"--data={data}", f"--out={tmp_path / 'x'}"]
+    expected = [
+        (start(*train, "--num_steps=0"), "num_steps=0 must be at least 1"),
+        (start(*train, "--tau_max=0.5"), "tau_max=0.5 must be at least 1"),
+        (start("sample.py", "--model=pulse", f"--ckpt={tmp_path / 'flow.pt'}"), "holds a flow model, not pulse"),
+        (start("sample.py", "--model=flow", f"--ckpt={tmp_path / 'pulse.pt'}"), "holds a pulse model, not flow"),
+    ]
+    good = start("sample.py", "--model=pulse", f"--ckpt={tmp_path / 'pulse.pt'}", "--max_new_tokens=5", "--prompt=abc")
+    for process, match in expected:
+        fails(process, match)
+    assert good.communicate(timeout=120)[0].startswith("abc") and good.returncode == 0
+    assert not (tmp_path / "x").exists()
