@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Flow, FlowConfig
-from snn_model import THRESHOLD, Pulse
+from snn_model import KEY_EPS, THRESHOLD, Pulse
 
 PREFILL = {"flow": 32, "pulse": 8}  # tokens of a prompt that prefill reads at a time; Pulse's neurons take them one by one
 ALIGN = 32  # the Neural Engine pads the last dimension of a tensor to 64 bytes
@@ -216,7 +216,7 @@ class NeuronOnDevice(OnDevice):
         super().__init__(target, Q)
         self.num_steps, self.leaky, self.signed, self.normed = neuron.config.num_steps, neuron.leaky, neuron.signed, neuron.normed
         # coremltools makes a batch_norm of x * gain + bias, whose epsilon of 1e-5 flips spikes; subtraction it leaves alone.
-        for name, value in (("gain", neuron.gain), ("minus_bias", -neuron.bias), ("beta", neuron.beta.clamp(0, 1))):
+        for name, value in (("gain", neuron.gain), ("minus_bias", -neuron.bias), ("beta", neuron.beta)):
             self.constant(name, value, self.c, 4 if self.ane else 3)
         self.constant("root_eps", neuron.config.norm_eps**0.5, 0, 1)
 
@@ -249,7 +249,7 @@ class MemoryOnDevice(OnDevice):
             layer = getattr(memory, name)
             setattr(self, name, self.matrix(layer.weight, layer.bias))
         self.constant("root_eps", memory.config.norm_eps**0.5, 0, 1)
-        self.constant("least", 1e-3, 0, 1)  # as in Memory.forward: a silent key stays silent
+        self.constant("least", KEY_EPS, 0, 1)  # as in Memory.forward: a silent key stays silent
 
     def forward(self, x: Tensor, mem_q: Tensor, mem_k: Tensor, S: Tensor) -> tuple[Tensor, list[Tensor]]:
         C, H, Q = self.config.d_model, self.config.n_head, self.Q

@@ -3,6 +3,7 @@
     python sample.py                                             # the newest run, from an empty page
     python sample.py --prompt="The function returns" --num_samples=3 --temperature=0.7
     python sample.py --chat                                      # a conversation; Ctrl-D ends it
+    python sample.py --model=pulse --prompt="The function returns" --raster=spikes.png --energy
     python sample.py --chat --prompts_file=questions.txt --output=answers.jsonl --temperature=0
 
 Text goes to stdout as it is made, everything else to stderr. A checkpoint is all that is needed: the tokenizer is in it.
@@ -20,6 +21,7 @@ from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
 import prepare
+import spikes
 from checkpoint import MODELS, find_checkpoint, load_model
 from device import choose_device
 from model import generate
@@ -41,6 +43,8 @@ def parse_args(argv=None):
     parser.add_argument("--prompts_file", type=Path, help="answer every line of this file")
     parser.add_argument("--output", type=Path, help="where the answers to --prompts_file go, as JSON lines")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences at a time with --prompts_file (default: 16)")
+    parser.add_argument("--energy", action="store_true", help="instead of writing: the spikes and nanojoules that --prompt costs a Pulse")
+    parser.add_argument("--raster", type=Path, help="instead of writing: draw the spikes of a Pulse reading --prompt into this picture")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
     for name in ("num_samples", "max_new_tokens", "top_k", "batch_size"):
@@ -54,6 +58,8 @@ def parse_args(argv=None):
         raise InputError(f"--top_p={args.top_p} must be above 0 and at most 1")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed={args.seed} must be at least 0 and below 2**63")
+    if (args.energy or args.raster) and args.prompt is None:
+        raise InputError("--energy and --raster look at a model that reads --prompt: give one")
     if (args.prompts_file is None) != (args.output is None):
         raise InputError("--prompts_file and --output go together: one names the questions, the other where the answers go")
     if args.prompts_file and args.prompt is not None:
@@ -185,7 +191,7 @@ def main(argv=None):
     device = choose_device(args.device)
     path = find_checkpoint(args.ckpt, args.model)
     model, tokenizer, checkpoint = load_model(path, device, args.model)
-    if device.type == "cuda":
+    if device.type == "cuda" and checkpoint["model"] == "flow":  # Pulse's membranes and betas need fp32
         model.bfloat16()
     print(f"{path}: {checkpoint['model']}, {model.config.num_params():,} parameters, phase {checkpoint['phase']}", file=sys.stderr)
     torch.manual_seed(args.seed)
@@ -197,7 +203,14 @@ def main(argv=None):
 
     prompt = args.prompt or ""
     before = "" if args.chat else prompt  # what is printed before its continuation
-    if args.prompts_file:
+    if args.energy or args.raster:
+        ids = encode(args.prompt)
+        if args.energy:
+            print(spikes.energy_table(spikes.energy(model, torch.tensor([ids], device=device))))
+        if args.raster:
+            spikes.raster(model, tokenizer, ids, args.raster)
+            print(args.raster)
+    elif args.prompts_file:
         answer_file(model, tokenizer, encode, args, stop_ids)
     elif args.chat and args.prompt is None:
         chat(model, tokenizer, args, stop_ids)

@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from model import linear_cross_entropy
@@ -33,6 +34,8 @@ SHARPNESS = 2.0  # 1 / half-width, in thresholds, of the surrogate's blur
 # fire once or not at all, and digits are copied wrongly.
 GAIN, KEY_GAIN = 2.0, 1.5
 TAU_KEY = 4.0  # queries and keys remember this many tokens at most: a key can then hold the token before it
+SLOWEST = 4.0  # a membrane can learn to last at most this many times tau_max: one that never forgets would never stop growing
+KEY_EPS = 1e-3  # added to the squared length of a key before it is scaled to 1: a silent key stays silent
 TAU_MEMORY = (16.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
 
 
@@ -54,7 +57,7 @@ class PulseConfig:
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        if self.tau_max < 1:
+        if not 1 <= self.tau_max < math.inf:
             raise ValueError(f"tau_max={self.tau_max} must be at least 1 token, 1 is a neuron without memory")
         if self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model={self.d_model} must be a multiple of 2 * n_head={2 * self.n_head}")
@@ -117,7 +120,7 @@ class Fire(torch.autograd.Function):
         (mem,) = ctx.saved_tensors
         u = (mem.abs() if ctx.signed else mem) - THRESHOLD
         if ctx.price:
-            grad = grad + ctx.price * (u > 0) * mem.sign()
+            grad = grad + mem.sign() * (u > 0) * ctx.price
         slope = u.add(0.5).mul_(SHARPNESS).atan_().sub_(u.sub(ctx.num_steps - 0.5).mul_(SHARPNESS).atan_())
         return slope.mul_(1 / math.pi).mul_(grad), None, None, None, None
 
@@ -194,6 +197,20 @@ class Leak(torch.autograd.Function):
         return grad, grad_beta, beta * grad[:, 0]
 
 
+class BetaRange(nn.Module):
+    """beta = limit * sigmoid(z), so that what is learned, z, is about the logarithm of the time constant and beta stays below 1."""
+
+    def __init__(self, limit: float):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.limit * z.sigmoid()
+
+    def right_inverse(self, beta: Tensor) -> Tensor:
+        return (beta / self.limit).logit()
+
+
 class Neuron(snntorch.Leaky):
     """A layer of N leaky integrate-and-fire neurons: real-valued input -> spike counts in [0, K], or [-K, K] when signed.
 
@@ -206,6 +223,8 @@ class Neuron(snntorch.Leaky):
         beta = torch.zeros(n) if tau is None else 1 - 1 / tau
         super().__init__(beta, THRESHOLD, learn_beta=tau is not None, reset_mechanism="none")
         snntorch.SpikingNeuron.instances.pop()  # snntorch's list of all neurons would keep every model alive for ever
+        if tau is not None:
+            parametrize.register_parametrization(self, "beta", BetaRange(1 - 1 / (SLOWEST * tau.max().item())))
         self.config, self.leaky, self.signed, self.normed = config, tau is not None, signed, normed
         self.price = 0.0  # of a spike in the loss, set by Pulse.forward
         self.gain = nn.Parameter(gain * (1 - beta**2).sqrt())  # so that slow membranes do not stand higher than fast ones
@@ -225,9 +244,10 @@ class Neuron(snntorch.Leaky):
             return self.fire(current), None
         if current.size(1) == 1:
             spikes, mem = super().forward(current[:, 0], mem)
+            self.mem = mem.detach()  # snntorch's own copy, never read here; it must not keep a graph alive
             return spikes[:, None], mem
-        U = Leak.apply(current, self.beta.clamp(0, 1), mem)
-        return self.fire(U), U[:, -1]
+        U = Leak.apply(current, self.beta, mem)
+        return self.fire(U), U[:, -1].clone()  # a view would keep the membranes of all tokens alive
 
 
 def time_constants(n: int, longest: float) -> Tensor:
@@ -265,10 +285,11 @@ def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: 
     own, seen = solved.chunk(2, -1)  # a chunk writes own - seen S
     kept = (k * (c[..., -1:] - c).exp()[..., None]).mT  # [B, H, n, D, L]
     starts, writes = [], []
-    for i in range(n):
+    # unbind, not [:, :, i]: the gradient of each index would be a tensor as long as the sequence.
+    for own_i, seen_i, kept_i, left_i in zip(*(x.unbind(2) for x in (own, seen, kept, a[..., -1:, :]))):
         starts.append(S)
-        writes.append(own[:, :, i] - seen[:, :, i] @ S)
-        S = S * a[:, :, i, -1:] + kept[:, :, i] @ writes[-1]
+        writes.append(own_i - seen_i @ S)
+        S = S * left_i + kept_i @ writes[-1]
     o = ((q @ k.mT) * fade) @ torch.stack(writes, 2) + a * (q @ torch.stack(starts, 2))
     return o.view(B, H, n * L, D)[:, :, :T], S
 
@@ -295,7 +316,7 @@ class Memory(nn.Module):
         k, mem_k = self.k(self.k_proj(s), mem_k)
         v, _ = self.v(self.v_proj(s))
         q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
-        k = k * (k.square().sum(-1, keepdim=True) + 1e-3).rsqrt()  # unit length; a silent key writes nothing
+        k = k * (k.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt()  # unit length
         decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
         write = self.write(s).to(S.dtype).sigmoid().transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
@@ -314,7 +335,7 @@ class Memory(nn.Module):
 def delay(s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
     """The second half of the fibres arrives one token late (axonal delay).  s [B, T, C], late [B, C/2] = the spikes on the way."""
     now, slow = s.chunk(2, -1)
-    return torch.cat([now, torch.cat([late[:, None].to(s.dtype), slow[:, :-1]], 1)], -1), slow[:, -1]
+    return torch.cat([now, torch.cat([late[:, None].to(s.dtype), slow[:, :-1]], 1)], -1), slow[:, -1].clone()
 
 
 class Block(nn.Module):

@@ -221,7 +221,7 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
         style, label = ({"ls": "--"}, "threshold") if level == 1 else ({"lw": 0.6}, "one spike more" if level == 2 else None)
         below.axhline(level * THRESHOLD, color="gray", zorder=0, label=label, **style)
     if hidden in membranes:
-        beta, U = hidden.beta.detach().float().cpu().clamp(0, 1), membranes[hidden]
+        beta, U = hidden.beta.detach().float().cpu(), membranes[hidden]
         order, tenth = beta.argsort(), max(1, len(beta) // 10)
         middle = (len(beta) - tenth) // 2
         for pace, part in (("fast", order[:tenth]), ("medium", order[middle : middle + tenth]), ("slow", order[-tenth:])):

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import curves
 import prepare
+import spikes
 from checkpoint import MODELS, PHASES, load_checkpoint, save_checkpoint
 from device import Device
 from model import PRESETS
@@ -56,6 +57,7 @@ RECIPES = {
     "base": Recipe(32_768, 8, (4_000, 2_500, 1_500), 0.006),
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.004),
 }
+LR_SCALE = {"flow": 1.0, "pulse": 0.5}  # Pulse's best rate in the sweep is half of Flow's
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak, at the end of a phase
 CHINCHILLA = 20  # tokens per parameter that use a training budget best (arXiv:2203.15556)
@@ -197,6 +199,7 @@ def parse_args(argv=None):
     parser.add_argument("--seq_len", type=int, help="window in tokens (default: the phase's, 256, 1024 or 2048)")
     parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's)")
     parser.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices and embeddings (default: 0.1)")
+    parser.add_argument("--rate_penalty", type=float, default=0.0, help="Pulse: nats per spike per synapse and token (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the data (default: 0)")
     parser.add_argument("--save_interval", type=int, default=250, help="steps between checkpoints (default: 250)")
     parser.add_argument("--eval_interval", type=int, default=250, help="steps between evaluations (default: 250)")
@@ -218,6 +221,8 @@ def parse_args(argv=None):
             raise InputError(f"--{name}={getattr(args, name)} must be positive and finite")
     if args.seed < 0 or not args.weight_decay >= 0:
         raise InputError(f"--seed={args.seed} and --weight_decay={args.weight_decay} cannot be negative")
+    if not 0 <= args.rate_penalty < math.inf or args.rate_penalty and args.model != "pulse":
+        raise InputError(f"--rate_penalty={args.rate_penalty} must be 0 or more, and is for --model=pulse only")
     args.out = args.out or Path("out") / args.model
     args.sizes = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     return args
@@ -273,7 +278,7 @@ def train(args, device: Device, say):
         raise InputError(f"{args.data}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
     config = model_config(args, meta["vocab_size"])
     recipe = RECIPES[args.preset]
-    peak_lr = args.lr or recipe.lr
+    peak_lr = args.lr or recipe.lr * LR_SCALE[args.model]
 
     # What each phase will do, all of it before anything is trained or removed: the plan is compared with Chinchilla's optimum, and
     # a phase whose data are too few must not be found out after the phases before it.
@@ -318,6 +323,7 @@ def train(args, device: Device, say):
         sequences = batch_size * grad_accum * device.ranks  # of one optimizer step
         settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
+        settings |= {"rate_penalty": args.rate_penalty} if args.model == "pulse" else {}
         final = args.out / f"phase{phase}.pt"
         if final.exists():
             check_same(final, load_checkpoint(final)["settings"], settings)
@@ -332,6 +338,8 @@ def train(args, device: Device, say):
         torch.manual_seed(args.seed)
         model = MODELS[args.model][0](config).to(device.torch)
         model.checkpointing = args.checkpointing
+        if args.model == "pulse":
+            model.rate_penalty = args.rate_penalty / grad_accum  # it acts in every micro-step
         optimizers = build_optimizers(model, peak_lr, args.weight_decay)
         step, tokens, seconds, wall, best = 0, 0, 0.0, 0.0, math.inf
         origin, same_phase = previous(args.out, phase)
@@ -415,9 +423,16 @@ def train(args, device: Device, say):
             if evaluate_now:
                 val_loss, val_bpb = evaluate(model, data["val"], token_bytes, args.eval_tokens, batch_size, device)
                 say(f"phase {phase} step {step:>5,}/{steps:,}  validation loss {val_loss:.4f}  {val_bpb:.4f} bits per byte", flush=True)
+                firing = {}
+                if args.model == "pulse":
+                    x, _ = device.put(data["val"].read(0)[None].astype(np.int64))
+                    with device.autocast():
+                        firing = spikes.summary(spikes.firing_rates(model, x))
+                    say(f"  spikes per neuron and token {firing['spikes']} by block, {firing['silent']:.1%} of the neurons silent")
                 record(
-                    step=step, phase=phase, tokens=tokens, seconds=round(seconds, 3), val_loss=round(val_loss, 5), val_bpb=round(val_bpb, 5)
-                )
+                    step=step, phase=phase, tokens=tokens, seconds=round(seconds, 3), val_loss=round(val_loss, 5),
+                    val_bpb=round(val_bpb, 5), **firing,
+                )  # fmt: skip
                 improved, best = val_loss < best, min(best, val_loss)
             if improved or save_now or stopping:
                 checkpoint = dict(

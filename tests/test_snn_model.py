@@ -24,7 +24,7 @@ import model as flow
 from checkpoint import load_checkpoint, save_checkpoint
 from model import Flow, FlowConfig, generate
 from muon import build_optimizers
-from snn_model import CHUNK, PRESETS, Neuron, Pulse, PulseConfig, associate, delay, leak
+from snn_model import CHUNK, PRESETS, SLOWEST, Neuron, Pulse, PulseConfig, associate, delay, leak
 
 TINY = PulseConfig(vocab_size=61, n_layer=2, d_model=16, d_hidden=24, num_steps=3, n_head=2, memory_every=2)
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -198,11 +198,10 @@ def test_nearly_all_products_of_a_token_are_accumulates():
 
 
 def make_neuron(n=12, signed=False, normed=True):
-    """With a beta for each neuron, some beyond what snntorch clamps to [0, 1]."""
+    """With a beta for each neuron, 0.02 to 0.98."""
     torch.manual_seed(n)
-    neuron = Neuron(n, TINY, 2.0, torch.full((n,), 2.0), signed=signed, normed=normed).double()
+    neuron = Neuron(n, TINY, 2.0, 1 / (1 - torch.linspace(0.02, 0.98, n)), signed=signed, normed=normed).double()
     with torch.no_grad():
-        neuron.beta.copy_(torch.linspace(-0.1, 1.05, n))
         neuron.bias.normal_()
         neuron.gain.add_(torch.randn(n) * 0.3)
     return neuron
@@ -225,7 +224,7 @@ def test_neuron_is_snntorchs_recurrence(T, signed, normed):
     assert isinstance(neuron, snntorch.Leaky)
     x, mem = torch.randn(3, T, 12, dtype=torch.double, requires_grad=True), torch.randn(3, 12, dtype=torch.double, requires_grad=True)
     inputs = {"x": x, "mem": mem} | dict(neuron.named_parameters())
-    assert inputs.keys() == {"x", "mem", "beta", "gain", "bias"}
+    assert inputs.keys() == {"x", "mem", "parametrizations.beta.original", "gain", "bias"}
     results = []
     for form in (neuron, lambda *args: token_by_token(neuron, *args)):
         spikes, after = form(x, mem)
@@ -258,7 +257,7 @@ def test_beta_is_each_neurons_own_and_is_the_decay():
         x = torch.zeros(1, T, 12, dtype=torch.double)
         x[:, 0] = 1 / neuron.gain.detach()
         _, mem = neuron(x, torch.zeros(1, 12, dtype=torch.double))
-        torch.testing.assert_close(mem[0], neuron.beta.clamp(0, 1) ** (T - 1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(mem[0], neuron.beta ** (T - 1), rtol=1e-12, atol=1e-12)
 
 
 def test_firing_takes_nothing_from_the_membrane():
@@ -268,7 +267,7 @@ def test_firing_takes_nothing_from_the_membrane():
     zero = torch.zeros(1, 12, dtype=torch.double)
     spikes, mem = neuron(x, zero)
     assert (spikes == TINY.num_steps).any()
-    expected = sum(neuron.beta.clamp(0, 1) ** t * (3 * neuron.gain + neuron.bias) for t in range(2 * CHUNK))
+    expected = sum(neuron.beta ** t * (3 * neuron.gain + neuron.bias) for t in range(2 * CHUNK))
     torch.testing.assert_close(mem[0], expected)
     for t in range(2 * CHUNK):
         _, zero = neuron(x[:, t : t + 1], zero)
@@ -526,7 +525,17 @@ def test_muon_gets_the_big_matrices_and_nothing_small_decays():
         names[id(p)] for optimizer in build_optimizers(model, 0.01) for group in optimizer.param_groups
         if group["weight_decay"] for p in group["params"]
     }  # fmt: skip
-    assert not [name for name in decaying if name.endswith((".beta", ".gain", ".bias"))]
+    assert not [name for name in decaying if name.endswith((".original", ".gain", ".bias"))]
+    assert sum(name.endswith("beta.original") for name in names.values()) == 4  # betas are learned: two blocks, q and k
+
+
+def test_betas_start_at_their_time_constants_and_cannot_reach_one():
+    tau = torch.tensor([1.05, 3.0, 32.0])
+    neuron = Neuron(3, TINY, 1.0, tau)
+    torch.testing.assert_close(neuron.beta, 1 - 1 / tau)
+    with torch.no_grad():
+        neuron.parametrizations.beta.original.fill_(100)
+    torch.testing.assert_close(1 / (1 - neuron.beta), torch.full((3,), SLOWEST * 32), rtol=1e-3, atol=0)
 
 
 def test_every_parameter_of_a_fresh_model_learns():
