@@ -637,3 +637,18 @@ def test_bad_input_to_the_scripts(data, tmp_path):
         fails(process, match)
     assert good.communicate(timeout=120)[0].startswith("abc") and good.returncode == 0
     assert not (tmp_path / "x").exists()
+
+
+def test_sample_shows_energy_and_spikes_of_a_pulse_only(data, tmp_path):
+    tokenizer = (data / "tokenizer.json").read_text()
+    network = Pulse(dataclasses.replace(TINY, vocab_size=300))
+    contents = dict(model="pulse", config=dataclasses.asdict(network.config), weights=network.state_dict(), tokenizer=tokenizer)
+    save_checkpoint(tmp_path / "pulse.pt", contents | dict(phase=1, step=1))
+    sample = ["sample.py", f"--ckpt={tmp_path / 'pulse.pt'}"]
+    good = start(*sample, "--prompt=abc def", "--energy", f"--raster={tmp_path / 'spikes.png'}")
+    bad = start(*sample, "--energy")
+    fails(bad, "--energy and --raster look at a model that reads --prompt")
+    fails(start("train.py", f"--data={data}", "--rate_penalty=0.1"), "is for --model=pulse only")
+    output, errors = good.communicate(timeout=120)
+    assert good.returncode == 0 and "became accumulates" in output, errors
+    assert (tmp_path / "spikes.png").read_bytes().startswith(b"\x89PNG")
