@@ -1,0 +1,110 @@
+"""Measuring for bench.py: jobs that take turns, medians, ratios against a goal as a table and as JSON, memory in bytes."""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+import peers
+from device import Device
+from prepare import InputError
+
+ROOT = Path(__file__).parent
+
+
+def medians(times: dict[str, list[float]]) -> list[float]:
+    return [statistics.median(seconds) for seconds in times.values()]
+
+
+class Bench:
+    """The options, a temporary folder, and the results so far."""
+
+    def __init__(self, args, folder: Path):
+        self.repeats, self.quick, self.text, self.folder = args.repeats, args.quick, args.text, folder
+        self.device, self.results = Device("cpu"), []
+        print("| row | figure | measured | against | there | ratio | goal | spread |\n" + "| --- " * 8 + "|")
+
+    def alternate(self, jobs: dict[str, Callable]) -> dict[str, list[float]]:
+        """Seconds of each job, --repeats times in turn after a turn that does not count. A job that returns a float timed itself."""
+        times, warm_up = {name: [] for name in jobs}, 0 if self.quick else 1
+        for turn in range(self.repeats + warm_up):
+            for name, job in jobs.items():
+                start = time.perf_counter()
+                own = job()
+                seconds = own if isinstance(own, float) else time.perf_counter() - start
+                if turn >= warm_up:
+                    times[name].append(seconds)
+        return times
+
+    def record(self, figure: str, value: float, unit: str, against: str, there: float, goal=None, times=None):
+        """Print and keep one result; its ratio is value / there. `goal` is ("at least" or "at most", ratio), `times` are those of
+        alternate(), this side's first."""
+        ratio, met, wanted, spread = value / there, None, "", ""
+        if goal and not self.quick:
+            met = ratio >= goal[1] if goal[0] == "at least" else ratio <= goal[1]
+            wanted = f"{goal[0]} {goal[1]:g}: {'met' if met else 'MISSED'}"
+        if times:
+            ours = next(iter(times.values()))
+            spread = f"{(max(ours) - min(ours)) / statistics.median(ours):.0%}"
+        cells = (self.row, figure, f"{value:,.4g} {unit}", against, f"{there:,.4g} {unit}", f"{ratio:.3g}", wanted, spread)
+        print(f"| {' | '.join(cells)} |", flush=True)
+        self.results.append(dict(row=self.row, figure=figure, value=value, unit=unit, against=against, there=there, ratio=ratio,
+                                 goal=goal, met=met, seconds=times))  # fmt: skip
+
+    def rates(self, figure: str, jobs: dict[str, Callable], work: float | tuple[float, float], unit: str, goal=None) -> dict[str, float]:
+        """Record the rates of two jobs that do so much `work` (both, or each) in units; returns the median seconds of both."""
+        times = self.alternate(jobs)
+        seconds = medians(times)
+        against, (ours, theirs) = list(jobs)[1], (w / s for w, s in zip(work if isinstance(work, tuple) else (work, work), seconds))
+        self.record(figure, ours, unit, against, theirs, goal, times)
+        return dict(zip(jobs, seconds))
+
+    def documents(self, n_bytes: int, *packages: str) -> Path:
+        """A file of n_bytes of words from the prose of these packages."""
+        path = self.folder / f"{n_bytes}.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in peers.words(n_bytes, packages))
+        return path
+
+    def data(self) -> Path:
+        """--text prepared for training: nano's vocabulary, the last tenth for validation if it is one document."""
+        if self.text is None:
+            raise InputError("needs --text=FILE, such as tinyshakespeare.txt")
+        out = self.folder / "data"
+        if not out.exists():
+            script("prepare.py", self.text, f"--out={out}")
+        return out
+
+
+def script(*command, launcher: tuple = (), **environment) -> str:
+    """The output of a script of this project. What it could not do is InputError, with its last line."""
+    command = [sys.executable, *launcher, str(ROOT / command[0]), *map(str, command[1:])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    if done.returncode:
+        raise InputError(f"{' '.join(command[1:])} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout
+
+
+def state_bytes(state) -> int:
+    """Bytes of all tensors in a state, whatever it is made of."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    parts = state if isinstance(state, (list, tuple)) else vars(state).values() if hasattr(state, "__dict__") else ()
+    return sum(state_bytes(part) for part in parts)
+
+
+def tree_bytes(pid: int) -> int:
+    """Bytes of a process and all below it, what they share counted once (Linux)."""
+    try:
+        size = 1024 * sum(map(int, re.findall(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)))  # none of a zombie
+        below = [child for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+    except OSError:  # it has just ended
+        return 0
+    return size + sum(tree_bytes(int(child)) for child in below)

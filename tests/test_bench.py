@@ -1,0 +1,174 @@
+"""bench.py at tiny sizes, and that what it compares with does the same work; nothing here asserts a speed."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import memory
+import model as flow
+import peers
+from bench import ROWS, TINY, TINY_PULSE
+from measure import Bench, state_bytes
+from model import Flow, FlowConfig
+from muon import build_optimizers
+from prepare import InputError
+from snn_model import Pulse
+
+TEXT = " ".join(peers.words(40_000, ("tqdm", "packaging")))
+
+
+def call(*options, cwd=ROOT):
+    return subprocess.run([sys.executable, ROOT / "bench.py", *options], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_every_row(tmp_path):
+    """Each row ends in finite results, in the table and in the file, or says why it cannot run."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    done = call("--quick", "--repeats=1", "--text=text.txt", "--json=out.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert report["quick"] and report["repeats"] == 1 and report["machine"]["torch"] == torch.__version__
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    skipped = {line[0][2:] for line in lines if line[1].startswith("not run: ")}
+    assert skipped == (set() if torch.cuda.is_available() else {"gpu_training", "gpu_attention"})
+    assert list(dict.fromkeys(line[0][2:] for line in lines)) == list(ROWS)
+    results = report["results"]
+    assert len(results) == len(lines) - len(skipped) and {result["row"] for result in results} == ROWS.keys() - skipped
+    for result in results:
+        assert result["value"] > 0 and result["there"] > 0 and result["ratio"] == pytest.approx(result["value"] / result["there"])
+        assert result["met"] is None, "tiny sizes meet or miss no goal"
+        assert all(len(seconds) == 1 for seconds in (result["seconds"] or {}).values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["decode"], "decode is no row: expected flow_training, "),
+        (["--repeats=0"], "--repeats=0 must be at least 1"),
+        (["--text=nowhere.txt"], "--text=nowhere.txt does not exist: name a text file"),
+        (["--json=nowhere/out.json"], "--json=nowhere/out.json: there is no folder nowhere: make it first"),
+        (["muon_training"], "muon_training: needs --text=FILE, such as tinyshakespeare.txt"),
+    ],
+)
+def test_bad_input(options, message):
+    done = call(*options)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_transformers_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="pip install transformers"):
+        peers.twin(Flow(TINY))
+
+
+def bench(tmp_path, **options):
+    return Bench(argparse.Namespace(**{"repeats": 3, "quick": False, "text": None} | options), tmp_path)
+
+
+def test_jobs_take_turns(tmp_path):
+    """The first turn does not count, and a job may bring its own seconds."""
+    order, own = [], iter([9.0, 1.0, 3.0, 2.0])
+
+    def first():
+        order.append("first")
+        return next(own)
+
+    times = bench(tmp_path).alternate({"first": first, "second": lambda: order.append("second")})
+    assert order == ["first", "second"] * 4 and times["first"] == [1.0, 3.0, 2.0] and len(times["second"]) == 3
+
+
+def test_ratios_and_goals(tmp_path, capsys):
+    b = bench(tmp_path)
+    b.row = "some"
+    own = {"ours": [1.0, 2.0, 4.0], "theirs": [4.0, 6.0, 5.0]}
+    b.alternate = lambda jobs: own
+    assert b.rates("a", own, 10, "tokens/s", ("at least", 2)) == {"ours": 2.0, "theirs": 5.0}
+    b.rates("b", own, (30, 10), "tokens/s", ("at most", 2))
+    assert [(r["value"], r["there"], r["ratio"], r["met"]) for r in b.results] == [(5, 2, 2.5, True), (15, 2, 7.5, False)]
+    out = capsys.readouterr().out
+    assert "| at least 2: met | 150% |" in out and "| at most 2: MISSED | 150% |" in out
+
+
+def test_peers_do_the_same_work():
+    """transformers' twin and the stepped Pulse have the losses and the gradients of what they are compared with."""
+    torch.manual_seed(0)
+    x, y = torch.randint(61, (2, 2, 40))
+    ours, pulse = Flow(dataclasses.replace(TINY, vocab_size=61)), Pulse(dataclasses.replace(TINY_PULSE, vocab_size=61)).double()
+    for network, peer, bound in ((ours, peers.twin(ours), 1e-5), (pulse, peers.Stepped(pulse), 1e-6)):
+        gradients = []
+        for compared in (network, peer):
+            loss = compared(x, y)[1]
+            loss.backward()
+            weight = (peer.theirs.model.embed_tokens if compared is peer and network is ours else network.token_embedding).weight
+            gradients.append((loss.detach(), weight.grad.clone()))
+            weight.grad = None
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b, atol=bound, rtol=bound)
+
+
+def test_nanogpt_learns_and_looks_only_back():
+    torch.manual_seed(0)
+    network = peers.NanoGPT(11)
+    x = torch.randint(11, (1, 20))
+    losses = [network(x, torch.where(torch.arange(20) == 5, x, -100)) for x in (x, torch.cat([x[:, :6], (x[:, 6:] + 1) % 11], 1))]
+    assert torch.equal(*losses)
+    (_, before), (_, after) = (peers.train_nanogpt(TEXT[:4000], steps) for steps in (1, 30))
+    assert 1 < after < before < 8
+    with pytest.raises(InputError, match="its last tenth must be longer than 64"):
+        peers.train_nanogpt("short", 1)
+
+
+def test_words():
+    documents = list(peers.words(20_000, ("tqdm",)))
+    assert 20_000 <= sum(len(document.encode()) for document in documents) < 25_000
+    assert documents == list(peers.words(20_000, ("tqdm",))) and len(set(documents)) == len(documents)
+
+
+@pytest.mark.parametrize("window", [128, 32])
+def test_memory_estimate(monkeypatch, window):
+    """The formula against what autograd keeps and what the optimizers hold, with the fused attention of a GPU."""
+
+    def fused(q, k, v, mask):
+        (B, H, T, D), K = q.shape, k.size(1)
+        return F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, mask.repeat(H // K, 1)).reshape(B, H, T, D)
+
+    monkeypatch.setattr(flow, "attend", fused)
+    config = FlowConfig(n_layer=3, d_model=192, n_head=6, d_ff=512, global_every=3, window=window)
+    network, idx = Flow(config).train(), torch.randint(config.vocab_size, (4, 128))
+    for checkpointing in (False, True):
+        network.checkpointing = checkpointing
+        estimate = memory.training_memory(config, *idx.shape, checkpointing, norm=8)
+        copies = 0 if checkpointing else estimate["bf16"] - 2 * config.vocab_size * config.d_model  # autograd keeps none of the head's
+        kept = memory.kept_bytes(network, idx, idx, torch.autocast("cpu", torch.bfloat16))
+        assert estimate["activations"] + copies == pytest.approx(kept, rel=0.04)
+    muon, adamw = build_optimizers(network, 1e-3)
+    muon.step()
+    adamw.step()
+    held = [sum(t.nbytes for state in o.state.values() for t in state.values() if t.ndim) for o in (muon, adamw)]
+    assert held == [estimate["muon"], estimate["adamw"]]
+    assert estimate["weights"] == sum(p.nbytes for p in network.parameters())
+    assert estimate["gradients"] == sum(p.grad.nbytes for p in network.parameters())
+
+
+def test_memory_table():
+    lines = memory.table().splitlines()
+    assert len(lines) == 2 + 2 * len(flow.PRESETS) and len({line.count("|") for line in lines}) == 1
+
+
+def test_state_bytes():
+    state = Flow(TINY).init_state(2, 50)
+    per_token = 2 * 2 * TINY.n_kv_head * TINY.head_dim * 4
+    assert state_bytes(state) == per_token * (50 + TINY.window)
+    pulse = Pulse(TINY_PULSE)
+    with torch.no_grad():
+        state = pulse.init_state(1)
+        before = state_bytes(state)
+        pulse(torch.zeros(1, 30, dtype=torch.long), state=state)
+    assert before == state_bytes(state) > 0
