@@ -6,6 +6,7 @@ data fingerprint, and the tokenizer as its JSON text, so that the file alone is 
     model, tokenizer, checkpoint = load_model(find_checkpoint("out/flow"))
 """
 
+import dataclasses
 import errno
 import os
 from pathlib import Path
@@ -13,14 +14,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+import publish
 import snn_model
 from model import PRESETS, Flow, FlowConfig
-from prepare import InputError
+from prepare import WINDOWS, InputError
 from snn_model import Pulse, PulseConfig
 
 # What --model may be.
 MODELS = {"flow": (Flow, FlowConfig, PRESETS), "pulse": (Pulse, PulseConfig, snn_model.PRESETS)}
-PHASES = {1: ("language foundations", 256), 2: ("reasoning and logic", 1024), 3: ("long context", 2048)}  # name, window in tokens
+PHASES = {n: (name, WINDOWS[n]) for n, name in enumerate(("language foundations", "reasoning and logic", "long context"), 1)}
 
 
 def save_checkpoint(path: Path, checkpoint: dict):
@@ -54,11 +56,11 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def find_checkpoint(ckpt: str | None, model: str | None = None) -> Path:
-    """The checkpoint that --ckpt means: a file, the newest of a run folder, or (None) the newest of the newest run in out/.
+    """The checkpoint that --ckpt means: a file, a Hugging Face folder, the newest of a run folder, or (None) of the newest run in out/.
 
     Validation-best copies are taken only when named. With `model`, runs of the other model are passed over.
     """
-    if ckpt is not None and Path(ckpt).is_file():
+    if ckpt is not None and (Path(ckpt).is_file() or (Path(ckpt) / "config.json").is_file()):
         return Path(ckpt)
     folders = [Path(ckpt)] if ckpt is not None else sorted(Path("out").glob("*/"))
     files = [f for folder in folders for f in folder.glob("*.pt") if f.name == "last.pt" or f.stem in {f"phase{n}" for n in PHASES}]
@@ -70,12 +72,21 @@ def find_checkpoint(ckpt: str | None, model: str | None = None) -> Path:
 
 
 def load_model(path: Path, device="cpu", model: str | None = None):
-    """(model in eval mode, Tokenizer, checkpoint) from a checkpoint file. Raises InputError, also when it holds another `model`."""
-    checkpoint = load_checkpoint(path)
-    name = checkpoint["model"]
+    """(model in eval mode, Tokenizer, checkpoint) from a checkpoint file or a Hugging Face folder (of unknown phase: 0).
+
+    Raises InputError, also when it holds another `model`.
+    """
+    if path.is_dir():
+        network, tokenizer = publish.read_folder(path)
+        config, name = dataclasses.asdict(network.config), type(network).__name__.lower()
+        checkpoint = {"model": name, "config": config, "tokenizer": tokenizer.to_str(), "phase": 0, "step": 0}
+    else:
+        checkpoint = load_checkpoint(path)
+        name = checkpoint["model"]
     if name not in MODELS or (model is not None and name != model):
         raise InputError(f"{path} holds a {name} model, not {model or ' or '.join(MODELS)}: leave --model out or name another --ckpt")
-    Model, Config, _ = MODELS[name]
-    network = Model(Config(**checkpoint["config"]))
-    network.load_state_dict(checkpoint["weights"])
-    return network.to(device).eval(), Tokenizer.from_str(checkpoint["tokenizer"]), checkpoint
+    if not path.is_dir():
+        Model, Config, _ = MODELS[name]
+        network, tokenizer = Model(Config(**checkpoint["config"])), Tokenizer.from_str(checkpoint["tokenizer"])
+        network.load_state_dict(checkpoint["weights"])
+    return network.to(device).eval(), tokenizer, checkpoint

@@ -75,10 +75,11 @@ def run(main: Callable):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.filename is None:
-            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        code, line = 2, f"error: {error.filename}: {error.strerror}" + ": free some space or write elsewhere" * full
+        if error.filename is None and not full:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "  # a write through an open file does not know its name
+        code, line = 2, f"error: {where}{error.strerror}" + ": free some space or write elsewhere" * full
     print(line, file=sys.stderr)
     sys.exit(code)
 
@@ -220,6 +221,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--field", help="field of .jsonl and .parquet that holds the text (default: text, content, question + answer)")
     parser.add_argument("--vocab_size", type=int, default=1024, help="260 to 65536 (default 1024)")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/<name of the first source>)")
+    parser.add_argument("--push", metavar="USER/NAME", help="then publish the folder as a data set on the Hugging Face Hub")
     parser.add_argument("--val_fraction", type=float, default=0.02, help="share of the documents kept for validation (default 0.02); "
                         "if that is less than one document, the last tenth of the text is")
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens per shard (default 100 million)")
@@ -387,6 +389,11 @@ def main(argv: list[str] | None = None):
     out = args.out or data_folder([*args.source, *itertools.chain(*names.values())])
     with replacing(out) as folder:
         build(args, folder, wanted, files)
+    if args.push:
+        import publish  # here, because it needs torch, which takes seconds to import
+
+        publish.push_data(out, args.push)
+        print(f"published as {args.push}")
     print(f"next: python train.py{'' if out == Path('data/builtin') else f' --data={out}'}")
 
 

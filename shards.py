@@ -81,7 +81,7 @@ def load_meta(folder) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         meta = None
-    if not isinstance(meta, dict) or "fingerprint" not in meta:
+    if not isinstance(meta, dict) or not {"fingerprint", "vocab_size", "phases"} <= meta.keys():
         raise InputError(f"{path} is not a meta.json of prepare.py: make the data again with --out={folder}")
     return meta
 

@@ -182,3 +182,24 @@ def test_data_is_published_with_a_card(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert hub.created["type"] == "dataset" and set(hub.files) == {"README.md", *(p.name for p in folder.iterdir())}
     assert "| 1 | train | 2 | 30 | 9 | mybook.txt |" in hub.files["README.md"].decode()
+
+
+def test_prepare_publishes_what_it_made(hub, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(f"The {n}th cat of {n % 7} sat on mat {n * n}.\n" for n in range(3000)))
+    command = [sys.executable, str(ROOT / "prepare.py"), "text.txt", "--out=data", "--vocab_size=300", "--push=me/it"]
+    done = call(hub, command, tmp_path, "hf_secret", cwd=tmp_path)
+    assert done.returncode == 0 and "published as me/it" in done.stdout, done.stderr
+    assert {"tokenizer.json", "meta.json", "phase1_train_00000.bin"} <= hub.files.keys()
+
+
+@pytest.mark.parametrize("kind", ["flow", "pulse"])
+def test_sample_reads_a_folder_that_was_written(hub, runs, tmp_path, kind):
+    command = [sys.executable, str(ROOT / "convert.py"), "--to=hf", f"--ckpt={runs / kind}", f"--out={tmp_path / 'hf'}"]
+    assert call(hub, command, tmp_path, None, cwd=tmp_path).returncode == 0
+    texts = []
+    for ckpt in (runs / kind, tmp_path / "hf"):
+        command = [sys.executable, str(ROOT / "sample.py"), f"--ckpt={ckpt}", "--prompt=the", "--max_new_tokens=20", "--temperature=0"]
+        done = call(hub, command, tmp_path, None, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    assert texts[0] == texts[1] and len(texts[0]) > 4
