@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch.nn.utils import parametrize
 
 import prepare
 from checkpoint import PHASES
@@ -87,6 +88,9 @@ def package_weights(model, packages: list[Package], nets: list, dtype) -> tuple[
     reference.load_state_dict(model.state_dict())
     # The head is compressed, the rows of the embedding are not.
     reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone())
+    for neuron in reference.modules():
+        if parametrize.is_parametrized(neuron, "beta"):
+            parametrize.remove_parametrizations(neuron, "beta")  # the package holds beta itself, not what is learned of it
     for p in reference.parameters():
         p.data = p.data.half().float()
     errors, kept = {}, []

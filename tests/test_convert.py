@@ -87,7 +87,7 @@ def test_verification_reads_validation_text_of_the_phase_or_writes_its_own(runs,
     model, _, checkpoint = load_model(runs / "flow" / "phase1.pt")
     fingerprint = prepare.tokenizer_fingerprint(checkpoint["tokenizer"])
     phases = {str(n): {"val": {"shards": [f"{n}.bin"]}} for n in (1, 2, 3)}
-    (tmp_path / "meta.json").write_text(json.dumps({"fingerprint": "", "phases": phases}))
+    (tmp_path / "meta.json").write_text(json.dumps({"fingerprint": "", "vocab_size": 300, "phases": phases}))
     for n in (1, 2, 3):
         prepare.write_shard(tmp_path / f"{n}.bin", np.full(200 if n < 3 else 20, n), 300, 400, fingerprint)
     for phase, token in ((1, 1), (2, 2), (4, 2)):  # 4 is what distill.py writes
