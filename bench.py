@@ -45,7 +45,7 @@ from snn_model import Pulse
 FLOW_11M = FlowConfig(n_layer=6, n_head=6, n_kv_head=6, d_model=384, head_dim=64, d_ff=1024, global_every=6)
 FLOW_15M = FlowConfig(vocab_size=32_000, n_layer=6, n_head=6, n_kv_head=6, d_model=288, head_dim=48, d_ff=768, window=256, global_every=6)
 TINY = FlowConfig(n_layer=2, d_model=64, d_ff=96, head_dim=16, window=16, global_every=2)  # for --quick
-TINY_PULSE = snn_model.PulseConfig(n_layer=3, d_model=32, d_hidden=64)
+TINY_PULSE = snn_model.PulseConfig(n_layer=3, d_model=32, d_hidden=32, d_ff=64)
 NANO_STEPS, NANOGPT_STEPS = 72, 2000  # of flow_to_bpb: enough to end below nanoGPT's recipe, and what that recipe plans
 MUON_STEPS, ADAMW_STEPS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 300  # of muon_training: shares of AdamW's, and AdamW's
 MUON_LRS, ADAMW_LRS = (0.008, 0.016, 0.03), (0.002, 0.004, 0.008, 0.016)

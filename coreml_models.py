@@ -215,8 +215,14 @@ class NeuronOnDevice(OnDevice):
     def __init__(self, neuron, target: str, Q: int):
         super().__init__(target, Q)
         self.num_steps, self.leaky, self.signed, self.normed = neuron.config.num_steps, neuron.leaky, neuron.signed, neuron.normed
+        self.gated = neuron.gate_gain is not None
         # coremltools makes a batch_norm of x * gain + bias, whose epsilon of 1e-5 flips spikes; subtraction it leaves alone.
-        for name, value in (("gain", neuron.gain), ("minus_bias", -neuron.bias), ("beta", neuron.beta)):
+        constants = {"gain": neuron.gain, "minus_bias": -neuron.bias}
+        if self.gated:
+            constants |= {"minus_gate_gain": -neuron.gate_gain, "leak": neuron.leak}
+        elif self.leaky:
+            constants["step"] = 1 - neuron.leak.sigmoid()  # 1 - beta, what a membrane moves towards its current
+        for name, value in constants.items():
             self.constant(name, value, self.c, 4 if self.ane else 3)
         self.constant("root_eps", neuron.config.norm_eps**0.5, 0, 1)
 
@@ -226,13 +232,17 @@ class NeuronOnDevice(OnDevice):
             return (mem - THRESHOLD).ceil().clamp(0, self.num_steps)
         return (mem.abs() - THRESHOLD).ceil().clamp(0, self.num_steps) * mem.sign()
 
-    def forward(self, x: Tensor, mem: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        current = (rms_norm(x, self.root_eps, self.c) if self.normed else x) * self.gain - self.minus_bias
+    def drive(self, x: Tensor, gain: Tensor, minus_bias: Tensor) -> Tensor:
+        return (rms_norm(x, self.root_eps, self.c) if self.normed else x) * gain - minus_bias
+
+    def forward(self, x: Tensor, mem: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        current = self.drive(x, self.gain, self.minus_bias)
         if not self.leaky:
             return self.fire(current), None
+        steps = [self.step] * self.Q if not self.gated else self.drive(gate, self.minus_gate_gain, self.leak).sigmoid().split(1, self.t)
         membranes = []
-        for now in current.split(1, self.t):
-            mem = self.beta * mem + now
+        for now, step in zip(current.split(1, self.t), steps):
+            mem = mem + step * (now - mem)
             membranes.append(mem)
         return self.fire(torch.cat(membranes, self.t) if self.Q > 1 else mem), mem
 
@@ -288,8 +298,12 @@ class PulseOnDevice(OnDevice):
     def block(self, source, target: str) -> nn.Module:
         block = nn.Module()
         block.memory = MemoryOnDevice(source.memory, target, self.Q) if source.memory is not None else None
-        block.encode, block.hidden = NeuronOnDevice(source.encode, target, self.Q), NeuronOnDevice(source.hidden, target, self.Q)
-        block.in_proj, block.out_proj = self.matrix(source.in_proj.weight), self.matrix(source.out_proj.weight)
+        for part, ours in ((source, block), (source.feed_forward, nn.Module())):
+            ours.encode, ours.hidden = NeuronOnDevice(part.encode, target, self.Q), NeuronOnDevice(part.hidden, target, self.Q)
+            for name, layer in part.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(ours, name, self.matrix(layer.weight))
+        block.feed_forward = ours
         return block
 
     def vector(self, n: int) -> tuple[int, ...]:
@@ -326,8 +340,11 @@ class PulseOnDevice(OnDevice):
                 x = x + y
             now, slow = block.encode(x)[0].split(C // 2, self.c)
             arrived = late if self.Q == 1 else torch.cat([late, slow.narrow(self.t, 0, self.Q - 1)], self.t)
-            h, mem = block.hidden(block.in_proj(torch.cat([now, arrived], self.c)), mem)
+            s = torch.cat([now, arrived], self.c)
+            h, mem = block.hidden(block.in_proj(s), mem, block.gate_proj(s) if block.hidden.gated else None)
             x = x + block.out_proj(h)
+            feed = block.feed_forward
+            x = x + feed.down_proj(feed.hidden(feed.up_proj(feed.encode(x)[0]))[0])
             row(slow.narrow(self.t, self.Q - 1, 1))
             if mem is not None:
                 row(mem)

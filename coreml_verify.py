@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch.nn.utils import parametrize
 
 import prepare
 from checkpoint import PHASES
@@ -29,6 +28,7 @@ from mil_numpy import FP16_MAX, Package, type_of
 from model import generate
 from predict import Host
 from prepare import InputError
+from snn_model import Neuron
 
 EXACT_LIMIT = 1e-4  # largest difference of a logit in exact arithmetic
 GREEDY = 64  # tokens of greedy text that have to be the same
@@ -88,9 +88,9 @@ def package_weights(model, packages: list[Package], nets: list, dtype) -> tuple[
     reference.load_state_dict(model.state_dict())
     # The head is compressed, the rows of the embedding are not.
     reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone())
-    for neuron in reference.modules():
-        if parametrize.is_parametrized(neuron, "beta"):
-            parametrize.remove_parametrizations(neuron, "beta")  # the package holds beta itself, not what is learned of it
+    # Of a leak that no gate changes the package holds 1 - beta, not the logit that is learned.
+    ungated = [m for m in reference.modules() if isinstance(m, Neuron) and m.leaky and m.gate_gain is None]
+    steps = [1 - neuron.leak.detach().sigmoid() for neuron in ungated]
     for p in reference.parameters():
         p.data = p.data.half().float()
     errors, kept = {}, []
@@ -113,7 +113,10 @@ def package_weights(model, packages: list[Package], nets: list, dtype) -> tuple[
             else:
                 kept.append(f"{package.path.name} {name}")
             p.data.copy_(new)
-    return reference.to(dtype).eval(), {"errors": errors, "kept": kept}
+    reference.to(dtype)
+    for neuron, step in zip(ungated, steps):
+        neuron.leak.data = -step.half().to(dtype).logit()
+    return reference.eval(), {"errors": errors, "kept": kept}
 
 
 def exact(folder: Path, contract: dict, packages: list[Package], reference, prompt: list[int]) -> dict:

@@ -15,7 +15,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 import corpus
 from huggingface import hf_name
@@ -138,9 +137,8 @@ class Stepped(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
         state, losses = self.pulse.init_state(idx.size(0)), []
-        with parametrize.cached():  # betas are computed once per sequence, not once per token
-            for t in range(idx.size(1)):
-                losses.append(self.pulse(idx[:, t : t + 1], targets[:, t : t + 1], state)[1])
+        for t in range(idx.size(1)):
+            losses.append(self.pulse(idx[:, t : t + 1], targets[:, t : t + 1], state)[1])
         return None, torch.stack(losses).mean()
 
 

@@ -22,7 +22,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from model import linear_cross_entropy
@@ -32,9 +31,10 @@ CHUNK = 32  # tokens of a sequence that the parallel forms take in one piece
 SHARPNESS = 2.0  # 1 / half-width, in thresholds, of the surrogate's blur
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
-GAIN, KEY_GAIN = 2.0, 1.5
+GAIN, HIDDEN_GAIN, KEY_GAIN, OUT_GAIN = 2.0, 4.0, 1.5, 4.0
+LEAKS = ("gated", "learned", "fixed")
+GATE_SCALE = 0.1  # a gate's current is normalized, so this changes no beta: it lets Muon's first steps turn the weights further
 TAU_KEY = 4.0  # queries and keys remember this many tokens at most: a key can then hold the token before it
-SLOWEST = 4.0  # a membrane can learn to last at most this many times tau_max: one that never forgets would never stop growing
 KEY_EPS = 1e-3  # added to the squared length of a key before it is scaled to 1: a silent key stays silent
 TAU_MEMORY = (16.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
 
@@ -46,9 +46,11 @@ class PulseConfig:
     vocab_size: int = 1024
     n_layer: int = 4
     d_model: int = 128
-    d_hidden: int = 640  # neurons of a block
-    num_steps: int = 4  # micro-steps per token = most spikes that a neuron fires per token
+    d_hidden: int = 192  # leaky neurons of a block
+    d_ff: int = 352  # neurons of its feed-forward part
+    num_steps: int = 8  # micro-steps per token = most spikes that a neuron fires per token
     tau_max: float = 32.0  # time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens
+    leak: str = "gated"  # the time constants are set by every token, "learned" one per neuron, or "fixed"
     n_head: int = 4  # heads of the associative memory
     memory_every: int = 3  # layer i has a memory when (i + 1) % memory_every == 0
     norm_eps: float = 1e-6
@@ -59,16 +61,21 @@ class PulseConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if not 1 <= self.tau_max < math.inf:
             raise ValueError(f"tau_max={self.tau_max} must be at least 1 token, 1 is a neuron without memory")
+        if self.leak not in LEAKS:
+            raise ValueError(f"leak={self.leak} must be one of {', '.join(LEAKS)}")
         if self.d_model % (2 * self.n_head):
             raise ValueError(f"d_model={self.d_model} must be a multiple of 2 * n_head={2 * self.n_head}")
 
     def has_memory(self, layer: int) -> bool:
         return (layer + 1) % self.memory_every == 0
 
+    def is_gated(self) -> bool:
+        return self.leak == "gated" and self.tau_max > 1
+
     def num_params(self) -> int:
         """The number of parameters, the tied embedding counted once."""
-        C, N, H = self.d_model, self.d_hidden, self.n_head
-        block = 2 * C * N + 2 * C + 3 * N
+        C, N, H, leaky, gated = self.d_model, self.d_hidden, self.n_head, self.tau_max > 1, self.is_gated()
+        block = (2 + gated) * C * N + 2 * C + (2 + leaky + gated) * N + 2 * (C + 1) * self.d_ff + 2 * C
         memory = 4 * C * C + 2 * C * H + 2 * H + 12 * C
         n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
         return self.vocab_size * C + self.n_layer * block + n_memory * memory + 2 * C
@@ -81,15 +88,16 @@ class PulseConfig:
         """
         C, L, D = self.d_model, min(CHUNK, seq_len), self.d_model // self.n_head
         n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
-        matrices = self.vocab_size * C + self.n_layer * 2 * C * self.d_hidden + n_memory * (4 * C * C + 2 * C * self.n_head)
+        block = (2 + self.is_gated()) * C * self.d_hidden + 2 * C * self.d_ff
+        matrices = self.vocab_size * C + self.n_layer * block + n_memory * (4 * C * C + 2 * C * self.n_head)
         return 6 * matrices + n_memory * 6 * C * (2.5 * L + 4 * D)
 
 
-PRESETS: dict[str, PulseConfig] = {  # Flow's widths and depths, d_hidden chosen for Flow's number of parameters
+PRESETS: dict[str, PulseConfig] = {  # Flow's widths and depths, d_ff chosen for Flow's number of parameters
     "nano": PulseConfig(),
-    "small": PulseConfig(n_layer=9, d_model=512, d_hidden=2432, n_head=8),
-    "base": PulseConfig(vocab_size=32_768, n_layer=12, d_model=768, d_hidden=3584, n_head=12),
-    "1b": PulseConfig(vocab_size=32_768, n_layer=18, d_model=2048, d_hidden=13_952, n_head=16),
+    "small": PulseConfig(n_layer=9, d_model=512, d_hidden=768, d_ff=1280, n_head=8),
+    "base": PulseConfig(vocab_size=32_768, n_layer=12, d_model=768, d_hidden=1152, d_ff=1856, n_head=12),
+    "1b": PulseConfig(vocab_size=32_768, n_layer=18, d_model=2048, d_hidden=3072, d_ff=9344, n_head=16),
 }
 
 
@@ -148,87 +156,80 @@ class Drive(torch.autograd.Function):
         return grad_x, aligned.sum(rows), grad.sum(rows), None
 
 
-def leak(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
-    """U_t = beta U_{t-1} + x_t for all t, U_{-1} = carry.  x [B, T, N], beta [N], carry [B, N] -> U [B, T, N]
+def scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
+    """U_t = beta_t U_{t-1} + x_t for all t, U_{-1} = carry.  x, beta [B, T, N], carry [B, N] -> U [B, T, N]
 
-    All chunks of the sequence take their L steps side by side, each from zero; then a pass over the chunks adds what came before.
-    `reverse` runs from the last token to the first.
+    All chunks of the sequence take their L steps side by side, each from zero, and multiply up what they leave of the past; then
+    a pass over the chunks adds what came before. `reverse` runs from the last token to the first.
     """
     B, T, N = x.shape
     L = min(CHUNK, T)
     if T % L:
         pad = -T % L
-        padded = F.pad(x, (0, 0, pad, 0) if reverse else (0, 0, 0, pad))
-        U = leak(padded, beta, carry, reverse)
+        sides = (0, 0, pad, 0) if reverse else (0, 0, 0, pad)
+        U = scan(F.pad(x, sides), F.pad(beta, sides), carry, reverse)
         return U[:, pad:] if reverse else U[:, :T]
-    U = torch.empty_like(x, memory_format=torch.contiguous_format).view(B, T // L, L, N)
-    x = x.reshape(B, T // L, L, N)
+    x, beta = x.reshape(B, T // L, L, N), beta.reshape(B, T // L, L, N)
+    U, left = torch.empty_like(x), torch.empty_like(beta)  # left = the product of the chunk's betas so far
     order = range(L - 1, -1, -1) if reverse else range(L)
-    previous = None
-    for t in order:
-        if previous is None:
-            U[:, :, t] = x[:, :, t]
+    for t, before in zip(order, (None, *order)):
+        if before is None:
+            U[:, :, t], left[:, :, t] = x[:, :, t], beta[:, :, t]
         else:
-            torch.addcmul(x[:, :, t], beta, U[:, :, previous], out=U[:, :, t])
-        previous = t
-    powers = beta ** torch.arange(1, L + 1, device=x.device, dtype=x.dtype)[:, None]  # [L, N]
-    if reverse:
-        powers = powers.flip(0)
+            torch.addcmul(x[:, :, t], beta[:, :, t], U[:, :, before], out=U[:, :, t])
+            torch.mul(left[:, :, before], beta[:, :, t], out=left[:, :, t])
     for chunk in range(T // L - 1, -1, -1) if reverse else range(T // L):
-        U[:, chunk].addcmul_(powers, carry[:, None])
+        U[:, chunk].addcmul_(left[:, chunk], carry[:, None])
         carry = U[:, chunk, 0 if reverse else -1]
     return U.view(B, T, N)
 
 
 class Leak(torch.autograd.Function):
-    """The membranes of a whole sequence. Keeps nothing but them: the gradient is the same recurrence run backwards."""
+    """The membranes of a whole sequence, U_t = beta_t U_{t-1} + (1 - beta_t) I_t with beta = sigmoid(z).
+
+    current I, z [B, T, N], mem [B, N] -> U [B, T, N]. The gradient is the same recurrence run backwards.
+    """
 
     @staticmethod
-    def forward(ctx, current: Tensor, beta: Tensor, mem: Tensor) -> Tensor:
-        U = leak(current, beta, mem)
-        ctx.save_for_backward(U, beta, mem)
+    def forward(ctx, current: Tensor, z: Tensor, mem: Tensor) -> Tensor:
+        beta = z.sigmoid()
+        U = scan(torch.addcmul(current, current, beta, value=-1), beta, mem)
+        ctx.save_for_backward(U, current, beta)
         return U
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        U, beta, mem = ctx.saved_tensors
-        grad = leak(grad, beta, torch.zeros_like(mem), reverse=True)
-        grad_beta = (grad[:, 1:] * U[:, :-1]).sum((0, 1)) + (grad[:, 0] * mem).sum(0)
-        return grad, grad_beta, beta * grad[:, 0]
-
-
-class BetaRange(nn.Module):
-    """beta = limit * sigmoid(z), so that what is learned, z, is about the logarithm of the time constant and beta stays below 1."""
-
-    def __init__(self, limit: float):
-        super().__init__()
-        self.limit = limit
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.limit * z.sigmoid()
-
-    def right_inverse(self, beta: Tensor) -> Tensor:
-        return (beta / self.limit).logit()
+        U, current, beta = ctx.saved_tensors
+        grad = scan(grad, F.pad(beta[:, 1:], (0, 0, 0, 1)), torch.zeros_like(grad[:, 0]), reverse=True)
+        grad_mem = beta[:, 0] * grad[:, 0]
+        grad.addcmul_(grad, beta, value=-1)
+        return grad, (U - current).mul_(grad), grad_mem  # dU/dz = beta (1 - beta) (U_{t-1} - I) = (1 - beta) (U_t - I)
 
 
 class Neuron(snntorch.Leaky):
     """A layer of N leaky integrate-and-fire neurons: real-valued input -> spike counts in [0, K], or [-K, K] when signed.
 
-        I = x / rms(x) * gain + bias        U_t = beta U_{t-1} + I_t        spikes = fire(U_t)
+        I_t = x_t / rms(x_t) * gain + bias        U_t = beta_t U_{t-1} + (1 - beta_t) I_t        spikes_t = fire(U_t)
 
-    With `tau` [N] = None there is no membrane between tokens (beta = 0). The membrane is not reset by firing within a sequence.
+    The membrane moves towards its input current, by 1 - beta of the way: whatever beta is, it cannot saturate by adding up. It is
+    not reset by firing within a sequence. The time constant, beta = 1 - 1 / tau, is learned for each neuron, or chosen token by
+    token by a second input g, the gate: beta_t = sigmoid(g_t / rms(g_t) * gate_gain + logit(beta)). A membrane can then let go of
+    the past in one token, or hold what it has while thirty pass. With `tau` [N] = None nothing lasts from token to token.
     """
 
-    def __init__(self, n: int, config: PulseConfig, gain: float, tau: Tensor | None = None, signed: bool = False, normed: bool = True):
-        beta = torch.zeros(n) if tau is None else 1 - 1 / tau
-        super().__init__(beta, THRESHOLD, learn_beta=tau is not None, reset_mechanism="none")
+    def __init__(self, n: int, config: PulseConfig, gain: float, tau: Tensor | None = None, gated=False, signed=False, normed=True):
+        super().__init__(0.0, THRESHOLD, reset_mechanism="none")
         snntorch.SpikingNeuron.instances.pop()  # snntorch's list of all neurons would keep every model alive for ever
-        if tau is not None:
-            parametrize.register_parametrization(self, "beta", BetaRange(1 - 1 / (SLOWEST * tau.max().item())))
+        del self.beta  # a number there; here it follows from parameters and input, and is no part of a checkpoint
+        self.register_buffer("beta", torch.zeros(()), persistent=False)
         self.config, self.leaky, self.signed, self.normed = config, tau is not None, signed, normed
         self.price = 0.0  # of a spike in the loss, set by Pulse.forward
-        self.gain = nn.Parameter(gain * (1 - beta**2).sqrt())  # so that slow membranes do not stand higher than fast ones
+        self.gain = nn.Parameter(torch.full((n,), gain))
+        if self.leaky and not gated:
+            self.gain.data *= (2 * tau - 1).sqrt()  # = sqrt((1 + beta) / (1 - beta)): slow membranes stand as high as fast ones
         self.bias = nn.Parameter(torch.zeros(n))
+        self.leak = nn.Parameter(torch.log(tau - 1), requires_grad=config.leak != "fixed") if tau is not None else None  # logit(beta)
+        self.gate_gain = nn.Parameter(torch.ones(n)) if gated else None
 
     def fire(self, mem: Tensor) -> Tensor:
         """Spike counts of membranes, in the dtype of the matrix product that follows (counts are exact in any)."""
@@ -236,17 +237,22 @@ class Neuron(snntorch.Leaky):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mem.dtype
         return Fire.apply(mem, self.config.num_steps, self.signed, dtype, self.price)
 
-    def forward(self, x: Tensor, mem: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, N] and the membranes [B, N] before it -> spikes [B, T, N] and the membranes after it."""
+    def drive(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 membranes would flip 0.6 % of the spikes
-        current = Drive.apply(x, self.gain, self.bias, self.config.norm_eps) if self.normed else x * self.gain + self.bias
+        return Drive.apply(x, gain, bias, self.config.norm_eps) if self.normed else x * gain + bias
+
+    def forward(self, x: Tensor, mem: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, N], the membranes [B, N] before it and, if gated, g [B, T, N] -> spikes [B, T, N] and the membranes after it."""
+        current = self.drive(x, self.gain, self.bias)
         if not self.leaky:
             return self.fire(current), None
+        z = self.leak.expand_as(current) if gate is None else self.drive(gate, self.gate_gain, self.leak)
         if current.size(1) == 1:
-            spikes, mem = super().forward(current[:, 0], mem)
-            self.mem = mem.detach()  # snntorch's own copy, never read here; it must not keep a graph alive
+            self.beta = z[:, 0].sigmoid()
+            spikes, mem = super().forward((1 - self.beta) * current[:, 0], mem)
+            self.beta, self.mem = self.beta.detach(), mem.detach()  # never read again; they must not keep a graph alive
             return spikes[:, None], mem
-        U = Leak.apply(current, self.beta, mem)
+        U = Leak.apply(current, z, mem)
         return self.fire(U), U[:, -1].clone()  # a view would keep the membranes of all tokens alive
 
 
@@ -338,16 +344,36 @@ def delay(s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([now, torch.cat([late[:, None].to(s.dtype), slow[:, :-1]], 1)], -1), slow[:, -1].clone()
 
 
+class FeedForward(nn.Module):
+    """Neurons without a membrane between tokens: what a block works out from one token alone."""
+
+    def __init__(self, config: PulseConfig):
+        super().__init__()
+        self.encode = Neuron(config.d_model, config, GAIN, signed=True)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.hidden = Neuron(config.d_ff, config, GAIN)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, _ = self.encode(x)
+        h, _ = self.hidden(self.up_proj(s))
+        return self.down_proj(h)
+
+
 class Block(nn.Module):
+    """Looks up (in some blocks), carries over in leaky neurons, works out: each adds to the residual stream x [B, T, C]."""
+
     def __init__(self, config: PulseConfig, layer: int):
         super().__init__()
-        self.config = config
+        C, N, self.config, gated = config.d_model, config.d_hidden, config, config.is_gated()
         self.memory = Memory(config) if config.has_memory(layer) else None
-        self.encode = Neuron(config.d_model, config, GAIN, signed=True)
-        self.in_proj = nn.Linear(config.d_model, config.d_hidden, bias=False)
-        tau = time_constants(config.d_hidden, config.tau_max) if config.tau_max > 1 else None
-        self.hidden = Neuron(config.d_hidden, config, GAIN, tau)
-        self.out_proj = nn.Linear(config.d_hidden, config.d_model, bias=False)
+        self.encode = Neuron(C, config, GAIN, signed=True)
+        self.in_proj = nn.Linear(C, N, bias=False)
+        self.gate_proj = nn.Linear(C, N, bias=False) if gated else None
+        tau = time_constants(N, config.tau_max) if config.tau_max > 1 else None
+        self.hidden = Neuron(N, config, HIDDEN_GAIN if gated else GAIN, tau, gated)
+        self.out_proj = nn.Linear(N, C, bias=False)
+        self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple]:
         late, mem, remembered = state
@@ -355,8 +381,9 @@ class Block(nn.Module):
             y, remembered = self.memory(x, remembered)
             x = x + y
         s, late = delay(self.encode(x)[0], late)
-        h, mem = self.hidden(self.in_proj(s), mem)
-        return x + self.out_proj(h), (late, mem, remembered)
+        h, mem = self.hidden(self.in_proj(s), mem, self.gate_proj(s) if self.gate_proj is not None else None)
+        x = x + self.out_proj(h)
+        return x + self.feed_forward(x), (late, mem, remembered)
 
     def init_state(self, B: int, **kind) -> tuple:
         late, mem = torch.zeros(B, self.config.d_model // 2, **kind), torch.zeros(B, self.config.d_hidden, **kind)
@@ -382,7 +409,7 @@ class Pulse(nn.Module):
         self.config, self.checkpointing, self.rate_penalty = config, False, 0.0
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.out = Neuron(config.d_model, config, GAIN, signed=True)
+        self.out = Neuron(config.d_model, config, OUT_GAIN, signed=True)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -394,8 +421,11 @@ class Pulse(nn.Module):
                     tau = torch.exp(torch.linspace(*map(math.log, TAU_MEMORY), config.n_head))
                     module.bias.data.copy_(torch.log(torch.expm1(1 / tau)))  # softplus of it = 1 / tau
             elif isinstance(module, nn.Linear):
-                depth = math.sqrt(2 * config.n_layer) if name.endswith(("out_proj", "o_proj")) else 1
-                nn.init.normal_(module.weight, std=module.in_features**-0.5 / depth)
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if name.endswith(("out_proj", "o_proj", "down_proj")):
+                    module.weight.data /= math.sqrt(2 * config.n_layer)
+                elif name.endswith("gate_proj"):
+                    module.weight.data *= GATE_SCALE
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: PulseState | None = None) -> tuple[Tensor | None, Tensor | None]:
         """idx [B, T] int64 -> (logits, loss).
@@ -429,7 +459,8 @@ class Pulse(nn.Module):
         """The neurons that feed matrices, and how many synapses each of their spikes reaches."""
         C, H, pairs = self.config.d_model, self.config.n_head, [(self.out, self.config.vocab_size)]
         for block in self.layers:
-            pairs += [(block.encode, self.config.d_hidden), (block.hidden, C)]
+            pairs += [(block.encode, self.config.d_hidden * (1 + self.config.is_gated())), (block.hidden, C)]
+            pairs += [(block.feed_forward.encode, self.config.d_ff), (block.feed_forward.hidden, C)]
             if block.memory is not None:
                 pairs += [(block.memory.encode, 3 * C + 2 * H), (block.memory.o, C)]
         return pairs

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from model import PRESETS, FlowConfig
 from prepare import InputError
-from snn_model import THRESHOLD, Pulse, PulseConfig
+from snn_model import THRESHOLD, Neuron, Pulse, PulseConfig
 
 # pJ of one fp32 operation at 45 nm: an addition 0.9, a multiplication 3.7 (Horowitz, ISSCC 2014).
 ACCUMULATE, MULTIPLY_ACCUMULATE = 0.9, 4.6
@@ -97,7 +97,7 @@ def energy(model: Pulse, idx: Tensor, flow_config: FlowConfig | None = None) -> 
     """What one token of idx [B, T] costs in arithmetic, beside a Flow (default: the nearest in size) that reads T tokens too.
 
     A spike that arrives at a synapse is one accumulate, so a matrix costs sum |counts| * fan-out accumulates. What stays a
-    multiply-accumulate (MAC): the leak of every membrane, one per neuron, and per memory head the delta rule's 4 D² + D (leak,
+    multiply-accumulate (MAC): the leak of every membrane, two per neuron, and per memory head the delta rule's 4 D² + D (leak,
     recall, write and read of S, and the writing strength). Flow's MACs are those of its matrices and of attention, averaged over
     T positions: a sixth of its training FLOPs (2 per MAC, once forward, twice backward). Raises InputError when it is no Pulse.
 
@@ -114,7 +114,7 @@ def energy(model: Pulse, idx: Tensor, flow_config: FlowConfig | None = None) -> 
     synops, matrices = sum(row["synops"] for row in rows), sum(row["macs"] for row in rows)
     D = config.d_model // config.n_head
     memories = sum(block.memory is not None for block in model.layers) * config.n_head * (4 * D * D + D)
-    leaks = sum(int((neuron.beta > 0).sum()) for neuron in model.modules() if isinstance(neuron, snntorch.Leaky))
+    leaks = sum(2 * neuron.leak.numel() for neuron in model.modules() if isinstance(neuron, Neuron) and neuron.leaky)
     for name, macs in (("memories", memories), ("membranes", leaks)):
         rows.append({"name": name, "macs": macs, "nj": macs * MULTIPLY_ACCUMULATE / 1e3})
     macs = matrices + memories + leaks
@@ -211,7 +211,8 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
     for axis, (label, neuron, rows) in zip(above, groups):
         n = counts[neuron].size(1)
         step = max(1, n // rows)
-        chosen = neuron.beta.detach().float().cpu().argsort(stable=True)[step // 2 :: step]
+        order = neuron.leak.detach().cpu().argsort() if neuron.leaky else torch.arange(n)
+        chosen = order[step // 2 :: step]
         image = axis.imshow(counts[neuron].T[chosen].numpy(), aspect="auto", interpolation="nearest", **shades)
         axis.set_yticks([])
         axis.tick_params(bottom=False)
@@ -221,12 +222,12 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
         style, label = ({"ls": "--"}, "threshold") if level == 1 else ({"lw": 0.6}, "one spike more" if level == 2 else None)
         below.axhline(level * THRESHOLD, color="gray", zorder=0, label=label, **style)
     if hidden in membranes:
-        beta, U = hidden.beta.detach().float().cpu(), membranes[hidden]
-        order, tenth = beta.argsort(), max(1, len(beta) // 10)
-        middle = (len(beta) - tenth) // 2
+        leak, U = hidden.leak.detach().float().cpu(), membranes[hidden]
+        order, tenth = leak.argsort(), max(1, len(leak) // 10)
+        middle = (len(leak) - tenth) // 2
         for pace, part in (("fast", order[:tenth]), ("medium", order[middle : middle + tenth]), ("slow", order[-tenth:])):
             neuron = part[counts[hidden][:, part].var(0, correction=0).argmax()]
-            below.plot(U[:, neuron].numpy(), marker="o", ms=3, lw=1.2, label=f"{pace}, tau {1 / (1 - beta[neuron]):.1f} tokens")
+            below.plot(U[:, neuron].numpy(), marker="o", ms=3, lw=1.2, label=f"{pace}, tau {1 + leak[neuron].exp():.1f} tokens")
     else:
         below.text(0.5, 0.5, "none lasts from token to token: tau_max is 1", ha="center", transform=below.transAxes, fontsize=8)
     below.set_ylabel(f"membranes of three\nneurons of block {shown + 1}", rotation=0, ha="right", va="center", fontsize=8)

@@ -212,7 +212,7 @@ def parse_args(argv=None):
     parser.add_argument("--price", type=float, help="dollars per hour of the machine, to show the cost so far")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
     fields = [field for _, Config, _ in MODELS.values() for field in dataclasses.fields(Config)]
-    sizes = {field.name: field.type for field in fields if field.type in (int, float) and field.name != "vocab_size"}
+    sizes = {field.name: field.type for field in fields if field.type in (int, float, str) and field.name != "vocab_size"}
     for name, kind in sizes.items():
         parser.add_argument(f"--{name}", type=kind, help="size of the model")
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ from snn_model import Pulse, PulseConfig
 CONTEXT = 192
 SIZES = dict(vocab_size=300, n_layer=3, n_head=4, n_kv_head=2, d_model=64, head_dim=16, d_ff=96, window=40, global_every=2)
 FLOW = FlowConfig(**SIZES, max_seq_len=CONTEXT)
-PULSE = PulseConfig(vocab_size=300, n_layer=3, d_model=64, d_hidden=96, n_head=2)
+PULSE = PulseConfig(vocab_size=300, n_layer=3, d_model=64, d_hidden=96, d_ff=64, n_head=2)
 
 
 def lively(model):
@@ -38,7 +38,7 @@ def lively(model):
                 p.mul_(6)
             elif name.endswith(("decay.weight", "write.weight")):
                 p.normal_(std=0.2)
-            elif p.ndim == 1 and "beta" not in name:
+            elif p.ndim == 1 and "leak" not in name:
                 p.add_(0.1 * torch.randn_like(p))
     return model.eval()
 
@@ -275,7 +275,7 @@ def test_every_kind_of_package_is_exact_but_for_its_weights(call, monkeypatch, c
     errors = report["compression"]["errors"]
     if any("compress" in o for o in options):
         assert errors and max(errors.values()) < 0.3
-        assert not any("norm" in name or "gain" in name or "beta" in name for name in errors)
+        assert not any("norm" in name or "gain" in name or "leak" in name for name in errors)
         assert "left in fp16" in capsys.readouterr().out
     else:
         assert not errors
@@ -369,8 +369,8 @@ def test_a_mistake_in_the_conversion_of_flow_is_found(call, tmp_path, monkeypatc
 def test_a_lost_membrane_of_pulse_is_found(call, tmp_path, monkeypatch):
     original = coreml_models.NeuronOnDevice.forward
 
-    def forward(self, x, mem=None):
-        spikes, after = original(self, x, mem)
+    def forward(self, x, mem=None, gate=None):
+        spikes, after = original(self, x, mem, gate)
         return spikes, after if after is None or self.Q > 1 else mem + 0 * after
 
     monkeypatch.setattr(coreml_models.NeuronOnDevice, "forward", forward)

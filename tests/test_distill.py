@@ -68,7 +68,7 @@ def room(tmp_path_factory):
     tokenizer = prepare.train_tokenizer((p["question"] + p["answer"] for p in word_problems("train", 200)), 300).to_str()
     torch.manual_seed(0)
     flow = Flow(FlowConfig(vocab_size=300, **SIZES, n_kv_head=1, head_dim=16, d_ff=48, window=8, global_every=2))
-    pulse = Pulse(PulseConfig(vocab_size=300, **SIZES, d_hidden=64, memory_every=2))
+    pulse = Pulse(PulseConfig(vocab_size=300, **SIZES, d_hidden=64, d_ff=64, memory_every=2))
     for name, model in (("flow", flow), ("pulse", pulse)):
         (folder / "out" / name).mkdir(parents=True)
         state = {"model": name, "config": vars(model.config), "weights": model.state_dict(), "tokenizer": tokenizer, "phase": 3, "step": 0}

@@ -16,7 +16,7 @@ from model import PRESETS, Flow, FlowConfig
 from snn_model import Pulse, PulseConfig
 from sources import InputError
 
-TINY = dict(vocab_size=260, n_layer=3, d_model=16, d_hidden=20, n_head=2, num_steps=3, memory_every=2)
+TINY = dict(vocab_size=260, n_layer=3, d_model=16, d_hidden=20, d_ff=12, n_head=2, num_steps=3, memory_every=2)
 
 
 def tiny(**changes) -> tuple[Pulse, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_rates_are_those_counted_one_by_one(bf16, monkeypatch):
 def test_summary_counts_a_neuron_once(monkeypatch):
     model, idx = tiny()
     fed, short = inputs_of_matrices(model, idx, monkeypatch), spikes.summary(spikes.firing_rates(model, idx))
-    again = ("k_proj", "v_proj", "decay", "write")  # read the neurons that q_proj reads
+    again = ("k_proj", "v_proj", "decay", "write", "gate_proj")  # read the neurons that q_proj or in_proj reads
     columns = [(name, column) for name, rows in fed.items() if not name.endswith(again) for column in zip(*rows)]
     for block in range(3):
         counts = [abs(count) for name, column in columns if name.startswith(f"layers.{block}.") for count in column]
@@ -123,7 +123,7 @@ def test_energy_of_pulse(monkeypatch):
         snn_model.associate(q, k, v, torch.zeros(1, H, 1), torch.ones(1, H, 1), torch.zeros(1, H, D, D))
     elementwise = H * (D * D + D)  # S times its leak, what is written times its strength
     assert rows["memories"]["macs"] == counter.get_total_flops() // 2 + elementwise
-    leaky = 3 * 20 + 2 * 16  # hidden neurons, and q and k of the memory
+    leaky = 2 * (3 * 20 + 2 * 16)  # hidden neurons, and q and k of the memory: beta U and (1 - beta) I
     assert rows["membranes"]["macs"] == leaky
     pulse = report["pulse"]
     assert pulse["macs"] == matrices + rows["memories"]["macs"] + leaky and pulse["parameters"] == model.config.num_params()
