@@ -57,7 +57,7 @@ RECIPES = {
     "base": Recipe(32_768, 8, (4_000, 2_500, 1_500), 0.006),
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.004),
 }
-LR_SCALE = {"flow": 1.0, "pulse": 0.5}  # Pulse's best rate in the sweep is half of Flow's
+LR_SCALE = {"flow": 1.0, "pulse": 0.75}
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak, at the end of a phase
 CHINCHILLA = 20  # tokens per parameter that use a training budget best (arXiv:2203.15556)

@@ -32,7 +32,8 @@ def runs(tmp_path_factory):
     rng, out = np.random.default_rng(0), tmp_path_factory.mktemp("runs")
     words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(200)]
     tokenizer = prepare.train_tokenizer([" ".join(words[i] for i in rng.zipf(1.4, 5000) % 200)], 300)
-    flow, pulse = Flow(FlowConfig(vocab_size=300, **FLOW)), Pulse(PulseConfig(vocab_size=300, n_layer=3, d_model=64, d_hidden=96, d_ff=64, n_head=2))
+    flow = Flow(FlowConfig(vocab_size=300, **FLOW))
+    pulse = Pulse(PulseConfig(vocab_size=300, n_layer=3, d_model=64, d_hidden=96, d_ff=64, n_head=2))
     with torch.no_grad():
         for p in flow.parameters():
             p.mul_(6 if p.ndim == 2 else 1)

@@ -414,7 +414,10 @@ def test_causal_bitwise(dtype):
             assert torch.equal(after[:, :t], before[:, :t]) and not torch.equal(after[:, t], before[:, t])
 
 
-@pytest.mark.parametrize("changes", [{}, {"tau_max": 1.0}, {"leak": "learned"}, {"memory_every": 9}, {"n_layer": 3, "memory_every": 1, "num_steps": 8}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tau_max": 1.0}, {"leak": "learned"}, {"memory_every": 9}, {"n_layer": 3, "memory_every": 1, "num_steps": 8}],
+)
 def test_whole_chunked_and_single_tokens_agree(changes):
     model, x = make(dataclasses.replace(TINY, **changes), dtype=torch.float64), tokens(2, 4 * CHUNK + 3)
     T = x.size(1)
