@@ -188,6 +188,16 @@ def pulse_training(bench: Bench):
         bench.rates(f"training Pulse nano, {x.size(0)} x {seq_len:,} tokens", jobs, x.numel(), "tokens/s", ("at least", 20))
 
 
+def pulse_beside_flow(bench: Bench):
+    """A step of Pulse against one of Flow of the same size: attention grows with the window, Pulse does not."""
+    for seq_len, goal in ((8, None), (16, None)) if bench.quick else ((256, 1 / 1.6), (1024, None), (4096, 1)):
+        models = Pulse(TINY_PULSE if bench.quick else snn_model.PRESETS["nano"]), Flow(TINY if bench.quick else PRESETS["nano"])
+        x, y = tokens(models[0].config, 16 // seq_len if bench.quick else max(1, 2048 // seq_len), seq_len)
+        names = (type(model).__name__ for model in models)
+        jobs = {name: training_step(m, build_optimizers(m, 1e-4), x, y, bench.device) for name, m in zip(names, models)}
+        bench.rates(f"training nano, {x.size(0)} x {seq_len:,} tokens", jobs, x.numel(), "tokens/s", goal and ("at least", goal))
+
+
 # ---- decoding ----
 
 
@@ -253,15 +263,16 @@ def read_on(model: torch.nn.Module, state):
 def pulse_context(bench: Bench):
     """Pulse's time per token and its state do not grow with the context."""
     model = Pulse(TINY_PULSE if bench.quick else snn_model.PRESETS["nano"])
-    lengths = (16, 64) if bench.quick else (256, 1024, 8192)
-    training, decode, sizes = context_jobs(bench, model, lengths)
-    first, last = lengths[0], lengths[-1]
-    for what, jobs, n in (("training", training, last), ("decoding", decode, 32)):
+    windows, pasts = ((16, 64), (4, 90)) if bench.quick else ((256, 1024, 8192), (100, 50_000))
+    training, _, _ = context_jobs(bench, model, windows)
+    _, decode, sizes = context_jobs(bench, model, pasts)
+    for what, jobs, n in (("training", training, windows[-1]), ("decoding", decode, 32)):
         times = bench.alternate(jobs)
-        ms = {T: seconds / n * 1e3 for T, seconds in zip(times, medians(times))}
-        for T in lengths[1:]:
+        (first, base), *others = ((T, seconds / n * 1e3) for T, seconds in zip(times, medians(times)))
+        for T, ms in others:
             figure, goal = f"{what} Pulse nano, context {T:,}", ("at most", 1.1)
-            bench.record(figure, ms[T], "ms/token", f"context {first:,}", ms[first], goal, {T: times[T]})
+            bench.record(figure, ms, "ms/token", f"context {first:,}", base, goal, {T: times[T]})
+    first, last = pasts
     bench.record(f"state of Pulse nano, context {last:,}", sizes[last], "bytes", f"context {first:,}", sizes[first], ("at most", 1))
 
 
@@ -412,8 +423,8 @@ def gpu_attention(bench: Bench):
 # ---- main ----
 
 ROWS = {row.__name__: row for row in (
-    flow_training, flow_to_bpb, muon_training, optimizer_step, decoding, decoding_bandwidth, decoding_batch, pulse_training, pulse_context,
-    flow_context, preparation, ranks, startup, gpu_training, gpu_attention,
+    flow_training, flow_to_bpb, muon_training, optimizer_step, decoding, decoding_bandwidth, decoding_batch, pulse_training,
+    pulse_beside_flow, pulse_context, flow_context, preparation, ranks, startup, gpu_training, gpu_attention,
 )}  # fmt: skip
 
 
