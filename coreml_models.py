@@ -67,6 +67,11 @@ class OnDevice(nn.Module):
         x = x.reshape(1, self.Q, n, D)
         return x.permute(0, 2, 3, 1) if last == "t" else x.permute(0, 2, 1, 3)
 
+    def delay(self, s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
+        """snn_model.delay: (what arrives of the spikes s while `late` was on the way, what is on the way now)"""
+        arrived = late if self.Q == 1 else torch.cat([late, s.narrow(self.t, 0, self.Q - 1)], self.t)
+        return arrived, s.narrow(self.t, self.Q - 1, 1)
+
     def make_head(self, weight: Tensor) -> None:
         """The head in parts that the Neural Engine takes; the others need only one."""
         parts = -(-len(weight) // MAX_DIM) if self.ane else 1
@@ -261,12 +266,13 @@ class MemoryOnDevice(OnDevice):
         self.constant("root_eps", memory.config.norm_eps**0.5, 0, 1)
         self.constant("least", KEY_EPS, 0, 1)  # as in Memory.forward: a silent key stays silent
 
-    def forward(self, x: Tensor, mem_q: Tensor, mem_k: Tensor, S: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, late: Tensor, mem_q: Tensor, mem_k: Tensor, S: Tensor) -> tuple[Tensor, list[Tensor]]:
         C, H, Q = self.config.d_model, self.config.n_head, self.Q
         s, _ = self.encode(x)
         q, mem_q = self.q(self.q_proj(s), mem_q)
         k, mem_k = self.k(self.k_proj(s), mem_k)
         v, _ = self.v(self.v_proj(s))
+        k, late = self.delay(k, late)
         q, k, v = (self.heads_of(z, H, C // H, "t") for z in (q, k, v))  # [1, H, D, Q]
         k = k * torch.rsqrt((k * k).sum(2, keepdim=True) + self.least)
         decay = 1 - self.heads_of(self.decay(s), H, 1, "t").sigmoid()  # = exp(-softplus(z)), the leak a_t
@@ -279,7 +285,7 @@ class MemoryOnDevice(OnDevice):
             outputs.append(torch.matmul(S.transpose(2, 3), q_t))
         o = rms_norm(torch.cat(outputs, 3) if Q > 1 else outputs[0], self.root_eps, 2)
         o = o.reshape(1, C, 1, Q) if self.ane else o.permute(0, 3, 1, 2).reshape(1, Q, C)
-        return self.o_proj(self.o(o)[0]), [mem_q, mem_k, S]
+        return self.o_proj(self.o(o)[0]), [late, mem_q, mem_k, S]
 
 
 class PulseOnDevice(OnDevice):
@@ -316,7 +322,7 @@ class PulseOnDevice(OnDevice):
         for block in self.blocks:
             shapes.append(self.vector(C // 2))
             shapes += [self.vector(N)] if block.hidden.leaky else []
-            shapes += [self.vector(C), self.vector(C), (1, H, C // H, C // H)] if block.memory is not None else []
+            shapes += [self.vector(C)] * 3 + [(1, H, C // H, C // H)] if block.memory is not None else []
         return shapes
 
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -336,22 +342,23 @@ class PulseOnDevice(OnDevice):
         for block in self.blocks:
             late, mem = column(next(caches)), column(next(caches)) if block.hidden.leaky else None
             if block.memory is not None:
-                y, remembered = block.memory(x, column(next(caches)), column(next(caches)), next(caches))
+                y, remembered = block.memory(x, *(column(next(caches)) for _ in range(3)), next(caches))
                 x = x + y
             now, slow = block.encode(x)[0].split(C // 2, self.c)
-            arrived = late if self.Q == 1 else torch.cat([late, slow.narrow(self.t, 0, self.Q - 1)], self.t)
-            s = torch.cat([now, arrived], self.c)
+            slow, late = self.delay(slow, late)
+            s = torch.cat([now, slow], self.c)
             h, mem = block.hidden(block.in_proj(s), mem, block.gate_proj(s) if block.hidden.gated else None)
             x = x + block.out_proj(h)
             feed = block.feed_forward
             x = x + feed.down_proj(feed.hidden(feed.up_proj(feed.encode(x)[0]))[0])
-            row(slow.narrow(self.t, self.Q - 1, 1))
+            row(late)
             if mem is not None:
                 row(mem)
             if block.memory is not None:
-                row(remembered[0])
-                row(remembered[1])
-                after.append(remembered[2])
+                *vectors, S = remembered
+                for vector in vectors:
+                    row(vector)
+                after.append(S)
         if self.last < self.config.n_layer:
             return [x], after
         return self.logits(self.out(x.narrow(self.t, self.Q - 1, 1))[0]), after

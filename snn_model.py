@@ -304,8 +304,17 @@ def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: 
     return o.view(B, H, n * L, D)[:, :, :T], S
 
 
+def delay(s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
+    """Spikes that arrive one token late (axonal delay).  s [B, T, N], late [B, N] = those on the way -> what arrives, on the way"""
+    return torch.cat([late[:, None].to(s.dtype), s[:, :-1]], 1), s[:, -1].clone()
+
+
 class Memory(nn.Module):
-    """Looks up by content what was read before: queries, keys and values are spikes, and so is what goes back."""
+    """Looks up by content what was read before: queries, keys and values are spikes, and so is what goes back.
+
+    The spikes of the keys arrive one token late, so that a value is written under what preceded it, and a query for the present
+    finds what followed it before: the induction heads of a transformer (arXiv:2209.11895), with one matrix per head.
+    """
 
     def __init__(self, config: PulseConfig):
         super().__init__()
@@ -318,13 +327,14 @@ class Memory(nn.Module):
         self.o = Neuron(C, config, GAIN, signed=True, normed=False)
         self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)  # log a_t and b_t per head and token
 
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple]:
-        mem_q, mem_k, S = state
+    def forward(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        late, mem_q, mem_k, S = state
         B, T, C = x.shape
         s, _ = self.encode(x)
         q, mem_q = self.q(self.q_proj(s), mem_q)
         k, mem_k = self.k(self.k_proj(s), mem_k)
         v, _ = self.v(self.v_proj(s))
+        k, late = delay(k, late)
         q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
         k = k * (k.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt()  # unit length
         decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
@@ -332,20 +342,14 @@ class Memory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             o, S = associate(q, k, v, decay, write, S)
         o = F.rms_norm(o, o.shape[-1:], eps=self.config.norm_eps).transpose(1, 2).reshape(B, T, C)
-        return self.o_proj(self.o(o)[0]), (mem_q, mem_k, S)
+        return self.o_proj(self.o(o)[0]), (late, mem_q, mem_k, S)
 
-    def init_state(self, B: int, **kind) -> tuple[Tensor, Tensor, Tensor]:
+    def init_state(self, B: int, **kind) -> tuple[Tensor, ...]:
         C, H = self.config.d_model, self.config.n_head
-        return torch.zeros(B, C, **kind), torch.zeros(B, C, **kind), torch.zeros(B, H, C // H, C // H, **kind)
+        return *(torch.zeros(B, C, **kind) for _ in range(3)), torch.zeros(B, H, C // H, C // H, **kind)
 
 
 # ------------------------------------------------------------------------------------------------------------------ Pulse
-
-
-def delay(s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
-    """The second half of the fibres arrives one token late (axonal delay).  s [B, T, C], late [B, C/2] = the spikes on the way."""
-    now, slow = s.chunk(2, -1)
-    return torch.cat([now, torch.cat([late[:, None].to(s.dtype), slow[:, :-1]], 1)], -1), slow[:, -1].clone()
 
 
 class FeedForward(nn.Module):
@@ -384,7 +388,9 @@ class Block(nn.Module):
         if self.memory is not None:
             y, remembered = self.memory(x, remembered)
             x = x + y
-        s, late = delay(self.encode(x)[0], late)
+        now, slow = self.encode(x)[0].chunk(2, -1)  # half of the fibres are slow
+        slow, late = delay(slow, late)
+        s = torch.cat([now, slow], -1)
         h, mem = self.hidden(self.in_proj(s), mem, self.gate_proj(s) if self.gate_proj is not None else None)
         x = x + self.out_proj(h)
         return x + self.feed_forward(x), (late, mem, remembered)

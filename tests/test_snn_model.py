@@ -21,10 +21,11 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as flow
+import snn_model
 from checkpoint import load_checkpoint, save_checkpoint
 from model import Flow, FlowConfig, generate
 from muon import build_optimizers
-from snn_model import CHUNK, LEAKS, PRESETS, Leak, Neuron, Pulse, PulseConfig, associate, delay, scan
+from snn_model import CHUNK, KEY_EPS, LEAKS, PRESETS, Leak, Neuron, Pulse, PulseConfig, associate, delay, scan
 
 TINY = PulseConfig(vocab_size=61, n_layer=2, d_model=16, d_hidden=24, d_ff=20, num_steps=3, n_head=2, memory_every=2)
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -390,12 +391,31 @@ def test_memory_goes_on_from_where_it_was(cut):
     torch.testing.assert_close((torch.cat([first, second], 2), S), (o, last), rtol=1e-12, atol=1e-12)
 
 
-def test_half_of_the_fibres_arrive_one_token_late():
-    s, late = torch.randn(2, 7, 6), torch.randn(2, 3)
+def test_delayed_spikes_arrive_one_token_late():
+    s, late = torch.randn(2, 7, 6), torch.randn(2, 6)
     out, on_the_way = delay(s, late)
     for t in range(7):
-        assert torch.equal(out[:, t, :3], s[:, t, :3]) and torch.equal(out[:, t, 3:], late if t == 0 else s[:, t - 1, 3:])
-    assert torch.equal(on_the_way, s[:, 6, 3:])
+        assert torch.equal(out[:, t], late if t == 0 else s[:, t - 1])
+    assert torch.equal(on_the_way, s[:, 6])
+
+
+def test_half_of_a_blocks_fibres_are_slow_and_all_of_the_keys():
+    model, x = make(dtype=torch.float64), tokens(2, 9)
+    block = model.layers[1]
+    with Listener(model) as listener:
+        heard = {}
+        hooks = [n.register_forward_hook(lambda _, a, out, n=n: heard.update({n: out[0]})) for n in (block.encode, block.memory.k)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(snn_model, "associate", lambda q, k, v, *rest: (heard.update(written=k), associate(q, k, v, *rest))[1])
+            model(x)
+    [hook.remove() for hook in hooks]
+    sent, arrived, half = heard[block.encode], listener.heard["layers.1.in_proj"], TINY.d_model // 2
+    assert torch.equal(arrived[..., :half], sent[..., :half]) and torch.equal(arrived[:, 1:, half:], sent[:, :-1, half:])
+    assert not arrived[:, 0, half:].any() and torch.equal(listener.heard["layers.1.gate_proj"], arrived)
+    keys = heard[block.memory.k].view(2, 9, TINY.n_head, -1).transpose(1, 2)
+    length = (keys.square().sum(-1, keepdim=True) + KEY_EPS).sqrt()
+    torch.testing.assert_close(heard["written"][:, :, 1:], (keys / length)[:, :, :-1])
+    assert not heard["written"][:, :, 0].any()
 
 
 # ---- promises 3 and 4: linear time, constant state, causal ----
