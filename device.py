@@ -86,6 +86,8 @@ class Device:
         return tensor.tolist()
 
     def barrier(self):
+        """Wait for the other ranks. Also the last thing to do before a process ends: after any other collective one of gloo's threads
+        may still hold a tensor of Python's when the interpreter is gone, and abort."""
         if self.ranks > 1:
             dist.barrier()
 

@@ -287,9 +287,11 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
                 ))  # fmt: skip
         if log_now and stopping:
             say(f"stopped at step {step:,}; saved in {last}: the same command goes on from there")
+            device.barrier()
             raise SystemExit(130)
     if device.rank == 0:
         draw_curves(args.out)
+    device.barrier()
     say(f"training took {seconds:.0f} s; weights in {last}")
 
 

@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
                 updates[: len(mine)] = orthogonalise(torch.stack(nesterov))
             if self.ranks > 1:
                 gathered = updates.new_empty(self.ranks * each, *shape)
-                dist.all_gather_into_tensor(gathered, updates)
+                dist.all_gather_single(gathered, updates)
                 updates = gathered
             scale = 0.2 * max(shape) ** 0.5
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])

@@ -456,6 +456,7 @@ def train(args, device: Device, say):
             draw_curves(args.out)
         if step < steps:
             say(f"stopped at step {step:,}; saved in {last}: the same command{' without --fresh' * args.fresh} goes on from there")
+            device.barrier()
             raise SystemExit(130)
         if device.rank == 0:
             last.unlink(missing_ok=True)

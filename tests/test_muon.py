@@ -137,6 +137,7 @@ for step in range(4):
     optimizer.step()
 held = sum("momentum" in optimizer.state[p] for p in params)
 torch.save({"params": [p.detach() for p in params], "state": optimizer.state_dict(), "held": held}, f"{sys.argv[1]}/{dist.get_rank()}.pt")
+dist.barrier()  # see Device.barrier
 dist.destroy_process_group()
 """
 
