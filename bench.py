@@ -35,6 +35,7 @@ import snn_model
 import train
 from checkpoint import save_checkpoint
 from curves import read_log
+from decode import Decoder
 from device import Device
 from measure import ROOT, Bench, medians, script, state_bytes, tree_bytes
 from model import PRESETS, Flow, FlowConfig, band, causal_attention, generate
@@ -206,13 +207,17 @@ def greedy(model: torch.nn.Module, idx: Tensor, n: int) -> Callable:
 
 
 def decoding(bench: Bench):
-    """One sequence, greedy, against transformers' generate with its KV cache."""
+    """One sequence, greedy, against transformers' generate with its KV cache, in fp32 and with 8-bit weights on this side."""
     n = 8 if bench.quick else 128
     for name, config in {"nano": PRESETS["nano"], "small": PRESETS["small"], "15M": FLOW_15M}.items():
         model = Flow(TINY if bench.quick else config).eval()
         idx = tokens(model.config, 1, 16)[0]
-        jobs = {"Flow": greedy(model, idx, n), "transformers' generate": partial(peers.twin(model).eval().generate, idx, n)}
-        bench.rates(f"decoding {name}, {n} tokens", jobs, n, "tokens/s", ("at least", 4))
+        jobs = {"8-bit weights": greedy(Decoder(model, int8=True), idx, n), "fp32": greedy(model, idx, n)}
+        times = bench.alternate(jobs | {"theirs": partial(peers.twin(model).eval().generate, idx, n)})
+        *ours, theirs = (n / seconds for seconds in medians(times))
+        for (kind, goal), rate in zip({"8-bit weights": ("at least", 4), "fp32": None}.items(), ours):
+            against = "transformers' generate, fp32"
+            bench.record(f"decoding {name}, {kind}, {n} tokens", rate, "tokens/s", against, theirs, goal, {kind: times[kind]})
 
 
 def decoding_bandwidth(bench: Bench):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from decode import Decoder
 from huggingface import config_from_hf, hf_name, read_weights
 
 
@@ -193,6 +194,14 @@ class KVCache:
             for _ in range(2)
         )
 
+    def check(self, idx: Tensor):
+        """Raise ValueError when these tokens [B, T] cannot be the next ones."""
+        B, T = idx.shape
+        if self.batch_size != B:
+            raise ValueError(f"the state holds {self.batch_size} sequences, the input {B}: make one with init_state({B}, ...)")
+        if self.pos + T > self.max_len:
+            raise ValueError(f"{self.pos} + {T} tokens do not fit a state of {self.max_len}: make one with a larger max_len")
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the T new keys and values of a layer and let their queries look back.  q [B, H, T, D], k and v [B, K, T, D]"""
         cache_k, cache_v, pos, T = self.k[layer], self.v[layer], self.pos, k.size(2)
@@ -330,10 +339,7 @@ class Flow(nn.Module):
         start = 0
         if state is not None:
             start = state.pos
-            if state.batch_size != B:
-                raise ValueError(f"the state holds {state.batch_size} sequences, the input {B}: make one with init_state({B}, ...)")
-            if start + T > state.max_len:
-                raise ValueError(f"{start} + {T} tokens do not fit a state of {state.max_len}: make one with a larger max_len")
+            state.check(idx)
         rope = rope_table(start, start + T, self.config.head_dim, self.config.rope_theta, idx.device)
         x = self.token_embedding(idx)
         for block in self.layers:
@@ -422,17 +428,23 @@ def generate(
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     shortest, longest = int(lengths.min()), int(lengths.max())
     table = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    model = Decoder(model) if isinstance(model, Flow) else model
     state = model.init_state(len(prompts), longest + max_new_tokens)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    plain = shortest == longest and not stop_ids  # every row speaks at every step: nothing to keep account of
     tokens = table[:, :shortest]
     for t in range(shortest, longest + max_new_tokens):
         logits, _ = model(tokens, state=state)
         new = sample_token(logits[:, -1], temperature, top_k, top_p)
+        if plain:
+            yield new
+            tokens = new[:, None]
+            continue
         reading = t < lengths
         silent = reading | done | (t >= lengths + max_new_tokens)
         yield torch.where(silent, -1, new)
-        done |= ~reading & torch.isin(new, stops)
+        done |= ~reading & (new[:, None] == stops).any(1)
         if bool((done | (t + 1 >= lengths + max_new_tokens)).all()):
             return
         tokens = torch.where(reading, table[:, min(t, longest - 1)], new)[:, None]

@@ -4,6 +4,7 @@
     python sample.py --prompt="The function returns" --num_samples=3 --temperature=0.7
     python sample.py --chat                                      # a conversation; Ctrl-D ends it
     python sample.py --model=pulse --prompt="The function returns" --raster=spikes.png --energy
+    python sample.py --prompt="The function returns" --int8      # a larger model, faster on a CPU
     python sample.py --chat --prompts_file=questions.txt --output=answers.jsonl --temperature=0
 
 Text goes to stdout as it is made, everything else to stderr. A checkpoint is all that is needed: the tokenizer is in it.
@@ -23,6 +24,7 @@ from tqdm import tqdm
 import prepare
 import spikes
 from checkpoint import MODELS, find_checkpoint, load_model
+from decode import Decoder
 from device import choose_device
 from model import generate
 from prepare import ArgumentParser, InputError
@@ -45,6 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=16, help="sequences at a time with --prompts_file (default: 16)")
     parser.add_argument("--energy", action="store_true", help="instead of writing: the spikes and nanojoules that --prompt costs a Pulse")
     parser.add_argument("--raster", type=Path, help="instead of writing: draw the spikes of a Pulse reading --prompt into this picture")
+    parser.add_argument("--int8", action="store_true", help="a Flow on a CPU with 8-bit weights: 2 to 4 times as fast from 10M weights on")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
     for name in ("num_samples", "max_new_tokens", "top_k", "batch_size"):
@@ -193,7 +196,11 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_model(path, device, args.model)
     if device.type == "cuda" and checkpoint["model"] == "flow":  # Pulse's membranes and betas need fp32
         model.bfloat16()
+    if args.int8 and (device.type != "cpu" or checkpoint["model"] != "flow" or args.energy or args.raster):
+        raise InputError("--int8 is for text from a Flow on a CPU: leave it out, or add --device=cpu")
     print(f"{path}: {checkpoint['model']}, {model.config.num_params():,} parameters, phase {checkpoint['phase']}", file=sys.stderr)
+    if args.int8:
+        model = Decoder(model, int8=True)
     torch.manual_seed(args.seed)
     ends = ("<|endoftext|>", "<|im_end|>") if args.chat else ("<|endoftext|>",)
     stop_ids = [tokenizer.token_to_id(token) for token in ends]

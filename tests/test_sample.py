@@ -67,6 +67,11 @@ def test_prompts_from_a_file(ckpt, tmp_path):
     assert [answer["prompt"] for answer in answers] == ["the cat", "the\u2028mat"]
 
 
+def test_eight_bit_weights_write_text(ckpt):
+    code, out, err = call(ckpt, "--int8", "--device=cpu", "--prompt=the cat", "--max_new_tokens=8", "--temperature=0")
+    assert code == 0 and out.startswith("the cat") and "[8 tokens, " in err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -77,6 +82,7 @@ def test_prompts_from_a_file(ckpt, tmp_path):
         ([f"--seed={2**63}"], f"--seed={2**63} must be"),
         (["--prompt=" + "x" * 500], "the prompt has 501 tokens, the model reads 100 in all: shorten it"),
         (["--prompt=" + "x" * 500, "--num_samples=2"], "the prompt has 501 tokens"),
+        (["--int8", "--prompt=the", "--energy"], "--int8 is for text from a Flow on a CPU"),
         ([b"--prompt=caf\xe9"], "'caf\\udce9' is not UTF-8 text: convert it first"),
     ],
 )

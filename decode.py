@@ -1,0 +1,104 @@
+"""Decoding: a Flow that writes one token per sequence and step, in few and large operations.
+
+A step of a small model is not bound by arithmetic but by its hundreds of calls of a microsecond each, that of a larger one by
+the bytes of its weights, all of which every token reads. `Decoder` is the network of model.py once more, for this case alone:
+no modules, no mask, one normalisation for all heads, with the same state and the same logits. int8=True reads a quarter of the
+bytes.
+
+    generate(model, prompts, 100)                       # model.py's generate makes a Decoder of a Flow by itself
+    generate(Decoder(model, int8=True), prompts, 100)   # python sample.py --int8
+
+B batch, H query heads, K key/value heads, D = head_dim, C = d_model, S keys seen.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALL = 2**20  # weights: so few are read in less time than a call takes, and copying them costs nothing
+
+
+def joined(weights: list[Tensor], int8: bool, gain: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
+    """x -> [W_1 (gain * x), W_2 (gain * x), ...] of matrices [N_i, C] that read the same input: [B, C] -> [B, sum of N_i], fp32 both.
+
+    int8 keeps the matrices in 8 bits per weight, one scale per row, and rounds x to bf16 as training does. Otherwise large ones
+    are used where they are, in their own precision.
+    """
+    weights, dtype = [w.detach() for w in weights], weights[0].dtype
+    if int8:
+        rows = torch.cat(weights).float() * gain
+        scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+        packed = (rows / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        return lambda x: torch._weight_int8pack_mm(x.bfloat16(), packed, scales).float()
+    if dtype == torch.float32 and sum(w.numel() for w in weights) <= SMALL:
+        matrix = torch.cat(weights) * gain
+        return lambda x: F.linear(x, matrix)
+
+    def apart(x: Tensor) -> Tensor:
+        x = (x * gain).to(dtype)
+        return torch.cat([F.linear(x, w) for w in weights], -1).float()
+
+    return apart
+
+
+class Decoder:
+    """Called as its model is: (idx [B, T], state=...) -> (logits of the last position [B, 1, V], None). Several tokens at a time,
+    such as a prompt, go to the model itself. It keeps the weights of the moment: after training or moving them make another."""
+
+    def __init__(self, model: nn.Module, int8: bool = False):
+        self.model, self.config = model, model.config
+        c, device = self.config, model.token_embedding.weight.device
+        H, K, D, C = c.n_head, c.n_kv_head, c.head_dim, c.d_model
+        self.inv_freq = c.rope_theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
+        # rms_norm(x) = sqrt(C) x / sqrt(|x|² + C eps): three calls where torch's makes eight. sqrt(C) is part of the gains; in the
+        # queries' it cancels with the scale of the scores, 1 / sqrt(D).
+        self.eps_C, self.eps_D = (torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (C, D))
+        self.embedding, self.layers = model.token_embedding.weight.detach(), []
+        for block in model.layers:
+            attn, mlp = block.attn, block.mlp
+            attn_gain, mlp_gain = (norm.weight.detach().float() * C**0.5 for norm in (block.attn_norm, block.mlp_norm))
+            heads_gain = torch.cat([attn.q_norm.weight.expand(H, D), attn.k_norm.weight.expand(K, D) * D**0.5]).detach().float()
+            qkv = joined([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight], int8, attn_gain)
+            gate_up = joined([mlp.gate_proj.weight, mlp.up_proj.weight], int8, mlp_gain)
+            out, down = joined([attn.o_proj.weight], int8), joined([mlp.down_proj.weight], int8)
+            self.layers.append((qkv, heads_gain, out, gate_up, down))
+        self.head = joined([model.lm_head.weight], int8, model.norm.weight.detach().float() * C**0.5)
+
+    def parameters(self):
+        return self.model.parameters()
+
+    def init_state(self, batch_size: int, max_len: int):
+        return self.model.init_state(batch_size, max_len)
+
+    def __call__(self, idx: Tensor, state) -> tuple[Tensor, None]:
+        if idx.size(1) > 1:
+            with torch.no_grad():
+                return self.model(idx, state=state)
+        state.check(idx)
+        B, H, K, D = idx.size(0), self.config.n_head, self.config.n_kv_head, self.config.head_dim
+        norm, pos = torch.linalg.vector_norm, state.pos
+        angles = self.inv_freq * pos
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat([cos, cos]), torch.cat([-sin, sin])  # (a, b) -> (a cos - b sin, b cos + a sin)
+        x = F.embedding(idx[:, 0], self.embedding).float()  # [B, C]
+        for (qkv, heads_gain, out, gate_up, down), cache_k, cache_v in zip(self.layers, state.k, state.v):
+            heads = qkv(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C)).view(B, H + 2 * K, D)
+            qk = heads[:, : H + K]
+            turned = qk / norm(qk, dim=-1, keepdim=True).hypot_(self.eps_D) * heads_gain
+            torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin, out=qk)
+            q, k, v = heads.split([H, K, K], dim=1)
+            size = cache_k.size(2)
+            cache_k[:, :, pos % size], cache_v[:, :, pos % size] = k, v
+            if pos + 1 < size:
+                cache_k, cache_v = cache_k[:, :, : pos + 1], cache_v[:, :, : pos + 1]
+            # The query heads of one key head are stacked, as in model.attend.
+            q = q.view(B, K, H // K, D)
+            q = q if cache_k.dtype == q.dtype else q.to(cache_k.dtype)
+            y = F.scaled_dot_product_attention(q, cache_k, cache_v, scale=1.0)
+            x = x + out(y.reshape(B, H * D))
+            gate, up = gate_up(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C)).chunk(2, -1)
+            x = x + down(F.silu(gate) * up)
+        state.pos += 1
+        return self.head(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C))[:, None], None
