@@ -56,14 +56,16 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def find_checkpoint(ckpt: str | None, model: str | None = None) -> Path:
-    """The checkpoint that --ckpt means: a file, a Hugging Face folder, the newest of a run folder, or (None) of the newest run in out/.
+    """The checkpoint that --ckpt means: a file, a Hugging Face folder, the latest of a run folder, or (None) of the newest run in out/.
 
     Validation-best copies are taken only when named. With `model`, runs of the other model are passed over.
     """
     if ckpt is not None and (Path(ckpt).is_file() or (Path(ckpt) / "config.json").is_file()):
         return Path(ckpt)
-    folders = [Path(ckpt)] if ckpt is not None else sorted(Path("out").glob("*/"))
-    files = [f for folder in folders for f in folder.glob("*.pt") if f.name == "last.pt" or f.stem in {f"phase{n}" for n in PHASES}]
+    # In a folder last.pt, an unfinished phase, goes on from the latest finished one; times would not survive copying a run.
+    names = ["last.pt", *(f"phase{n}.pt" for n in sorted(PHASES, reverse=True))]
+    folders = [Path(ckpt)] if ckpt is not None else Path("out").glob("*/")
+    files = [file for folder in folders if (file := next((folder / n for n in names if (folder / n).exists()), None))]
     for file in sorted(files, key=lambda f: (f.stat().st_mtime_ns, f.name), reverse=True):
         if ckpt is not None or model is None or load_checkpoint(file)["model"] == model:
             return file

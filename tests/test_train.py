@@ -396,11 +396,17 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
 # ---- sample.py ----
 
 
-def test_the_newest_checkpoint_is_found(finished, tmp_path):
+def test_the_latest_checkpoint_is_found_whatever_the_times(finished, tmp_path):
     assert find_checkpoint(str(finished)) == finished / "phase3.pt"
-    os.utime(finished / "phase2.pt")
-    assert find_checkpoint(str(finished)) == finished / "phase2.pt"
-    os.utime(finished / "phase3.pt")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("phase3.pt", "phase2.pt", "phase1.pt"):  # as copying a run may leave them
+        shutil.copy(finished / name, run)
+    assert find_checkpoint(str(run)) == run / "phase3.pt"
+    shutil.copy(finished / "phase1.pt", run / "last.pt")
+    os.utime(run / "last.pt", (0, 0))
+    assert find_checkpoint(str(run)) == run / "last.pt"
+    shutil.rmtree(run)
     with pytest.raises(InputError, match="holds no checkpoint yet: make one with `python train.py`"):
         find_checkpoint(str(tmp_path))
     fails("sample.py", match="make one with `python train.py`", cwd=tmp_path)
