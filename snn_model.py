@@ -49,7 +49,9 @@ class PulseConfig:
     d_hidden: int = 192  # leaky neurons of a block
     d_ff: int = 352  # neurons of its feed-forward part
     num_steps: int = 8  # micro-steps per token = most spikes that a neuron fires per token
-    tau_max: float = 32.0  # time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens
+    # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens. Short, because a gate that learns to
+    # hold costs less than one that learns to let go: 32 ends 1.5 % worse, no better than 1.
+    tau_max: float = 4.0
     leak: str = "gated"  # the time constants are set by every token, "learned" one per neuron, or "fixed"
     n_head: int = 4  # heads of the associative memory
     memory_every: int = 3  # layer i has a memory when (i + 1) % memory_every == 0
