@@ -2,8 +2,8 @@
 
 Muon (Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; scaled to LLMs by Liu et al. 2025,
 arXiv:2502.16982) takes the momentum of a matrix and replaces it by the nearest orthogonal matrix: every direction of the
-update gets the same length, where Adam would spend most of it on a few. Five Newton-Schulz steps, all matrix products,
-stand in for the SVD.
+update gets the same length, where Adam would spend most of it on a few. Four steps of a polynomial iteration, all matrix
+products, stand in for the SVD.
 
     optimizers = build_optimizers(model, lr=3e-3)     # [Muon, AdamW]: step both, they share one learning rate
 """
@@ -12,28 +12,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A quintic whose slope at 0 is steep: it does not converge to 1 but sends every singular value into about [0.7, 1.2] quickly.
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Matrices of one shape are orthogonalised as one batch of at most this many elements: small ones gain from it, large ones
-# would only cost memory.
-BATCH_ELEMENTS = 2**24
+# Odd quintics a x + b x³ + c x⁵, one per step, each the best at bringing to 1 what the one before has left (Polar Express,
+# arXiv:2505.16932, with a cushion of 0.1: without it the first has a valley that bf16 fills with noise). Singular values from
+# 1/310 of the bound below up to the bound end between 0.65 and 1.13. One step fewer costs 0.009 bits per byte on nano.
+NS_COEFFICIENTS = (
+    (7.5274, -18.2825, 12.5647),
+    (3.6721, -2.2937, 0.4054),
+    (3.3372, -2.2527, 0.4303),
+    (2.3400, -1.7335, 0.4104),
+)
+# Matrices of one shape are orthogonalised as one batch of at most this many elements: small ones gain from it, and on a CPU what
+# does not fit its cache loses.
+BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**24, "mps": 2**24}
 
 
-def orthogonalise(G: Tensor, steps: int = 5) -> Tensor:
-    """The orthogonal factor U Vᵀ of each matrix of G = U S Vᵀ, approximately: singular values between 0.68 and 1.14.
+def orthogonalise(G: Tensor) -> Tensor:
+    """The orthogonal factor U Vᵀ of each matrix of G = U S Vᵀ, approximately: singular values between 0.65 and 1.13.
 
     G [..., R, C] of any float type -> [..., R, C] in bf16 (the iteration is stable in it). A zero matrix stays zero.
     """
-    a, b, c = NS_COEFFICIENTS
-    X = G.bfloat16().view(-1, *G.shape[-2:])
+    X = G.reshape(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT  # X Xᵀ is then the smaller of the two Gram matrices
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the spectral norm is at most the Frobenius norm: now <= 1
-    for _ in range(steps):
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A²
-        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
+    X = (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=1e-30)).bfloat16()
+    for step, (a, b, c) in enumerate(NS_COEFFICIENTS):
+        A = torch.bmm(X, X.mT)  # not @, which takes twice as long for one large matrix
+        if step == 0:
+            # The singular values must be at most 1. Their eighth-power mean, |A²|^(1/4), is a bound much closer than the Frobenius
+            # norm and costs nothing here (1 % more for bf16's rounding). Instead of X it scales the coefficients, in fp32.
+            A2 = torch.bmm(A, A)
+            bound = torch.linalg.vector_norm(A2, dim=(-2, -1), keepdim=True, dtype=torch.float32) ** 0.25 * 1.01
+            bound = bound.clamp(min=1e-3)  # that of no matrix but zero is so small
+            a = (a / bound)[..., 0]
+            B = (A * (b / bound**3)).addcmul_(A2.float(), c / bound**5)
+        else:
+            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        B.diagonal(dim1=-2, dim2=-1).add_(a)
+        B = B.to(X.dtype)
+        X = torch.bmm(B, X)  # (a + b A + c A²) X
     return (X.mT if tall else X).reshape(G.shape)
 
 
@@ -63,7 +80,7 @@ class Muon(torch.optim.Optimizer):
         # One batch = `each` matrices of one shape for every rank; in the last batch of a shape some ranks may get fewer.
         self.batches: list[tuple[list[Tensor], int]] = []
         for shape, matrices in shapes.items():
-            each = max(1, min(BATCH_ELEMENTS // shape.numel(), -(-len(matrices) // self.ranks)))
+            each = max(1, min(BATCH_ELEMENTS[matrices[0].device.type] // shape.numel(), -(-len(matrices) // self.ranks)))
             step = each * self.ranks
             self.batches += [(matrices[i : i + step], each) for i in range(0, len(matrices), step)]
 

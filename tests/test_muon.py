@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 
+import muon
 from model import Flow, FlowConfig
 from muon import Muon, build_optimizers, orthogonalise
 
@@ -29,7 +31,38 @@ def test_orthogonalise_keeps_singular_vectors_and_levels_singular_values(shape):
     assert torch.equal(orthogonalise(torch.zeros(shape)), torch.zeros(shape, dtype=torch.bfloat16))
 
 
-def test_equals_torch_muon():
+def polynomial(G, coefficients, bound):
+    """U p(S / bound) Vᵀ in fp64: what an iteration of these quintics is without rounding."""
+    U, S, V = torch.linalg.svd(G.double(), full_matrices=False)
+    x = S / bound(S)
+    for a, b, c in coefficients:
+        x = a * x + b * x**3 + c * x**5
+    return U @ torch.diag(x) @ V
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 40), (40, 96), (7, 1)])
+def test_orthogonalise_is_its_polynomial_about_as_exactly_as_torch_s_is(shape):
+    """bf16 rounds both; four steep steps may lose twice what five flat ones do, whatever the spectrum."""
+    torch.manual_seed(0)
+    U, S, V = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    for decay in (0.0, 0.5, 1.5):
+        G = U @ torch.diag(S.numel() ** -torch.linspace(0, decay, S.numel())) @ V
+        exact = polynomial(G, muon.NS_COEFFICIENTS, lambda S: S.pow(8).sum() ** 0.125 * 1.01)
+        ours = (orthogonalise(G) - exact).norm() / exact.norm()
+        exact = polynomial(G, [(3.4445, -4.7750, 2.0315)] * 5, lambda S: S.norm())
+        theirs = (newton_schulz(G, (3.4445, -4.7750, 2.0315), 5, 1e-7) - exact).norm() / exact.norm()
+        assert ours < max(2 * theirs, 4e-3), (ours, theirs)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_orthogonalise_does_not_depend_on_the_scale(scale):
+    G = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonalise(G * scale), orthogonalise(G), atol=0.03, rtol=0)
+
+
+def test_equals_torch_muon(monkeypatch):
+    """In all but the polynomial: momentum, Nesterov, weight decay and scale."""
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda G, *_: orthogonalise(G))
     torch.manual_seed(0)
     shapes = [(32, 32), (32, 32), (80, 32), (32, 80), (80, 32), (1, 9)]
     ours = [torch.randn(s).requires_grad_() for s in shapes]
@@ -58,14 +91,12 @@ def test_the_update_has_the_rms_of_adamw():
 
 
 def test_large_matrices_go_in_several_batches(monkeypatch):
-    import muon
-
     torch.manual_seed(0)
     shapes = [(16, 16)] * 5 + [(8, 32)] * 3
     grads = [torch.randn(s) for s in shapes]
 
     def updated(elements):
-        monkeypatch.setattr(muon, "BATCH_ELEMENTS", elements)
+        monkeypatch.setitem(muon.BATCH_ELEMENTS, "cpu", elements)
         params = [torch.zeros(s, requires_grad=True) for s in shapes]
         optimizer = Muon(params, lr=0.1)
         for p, g in zip(params, grads):
