@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALL = 2**20  # weights: so few are read in less time than a call takes, and copying them costs nothing
+SMALL = 2**17  # weights: so few are read in less time than a call takes, and copying them costs nothing
 
 
 def joined(weights: list[Tensor], int8: bool, gain: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
@@ -36,8 +36,14 @@ def joined(weights: list[Tensor], int8: bool, gain: Tensor | float = 1.0) -> Cal
         matrix = torch.cat(weights) * gain
         return lambda x: F.linear(x, matrix)
 
+    # For one fp32 vector MKL reads a large matrix at half the speed of the memory; as a batch of 16-row matrices it reads at nine tenths.
+    fits = dtype == torch.float32 and weights[0].device.type == "cpu" and all(len(w) % 16 == 0 and w.is_contiguous() for w in weights)
+    blocks = [w.view(-1, 16, w.size(1)) for w in weights] if fits else None  # [N / 16, 16, C]
+
     def apart(x: Tensor) -> Tensor:
         x = (x * gain).to(dtype)
+        if blocks and len(x) == 1:
+            return torch.cat([torch.bmm(w, x.mT.expand(len(w), -1, 1)).view(1, -1) for w in blocks], -1)
         return torch.cat([F.linear(x, w) for w in weights], -1).float()
 
     return apart
