@@ -490,7 +490,10 @@ def test_interrupted_run_changes_nothing(tmp_path, moment, number):
     big = write_jsonl(tmp_path / "big.jsonl", [{"text": prose(rng, 2000)} for _ in range(250)])
     make("a.txt", out="out")
     before = contents("out")
-    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", big, "--out=out"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "prepare.py", big, "--out=out"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs, so these tests, may ignore it
+    )  # fmt: skip
     while not list(tmp_path.glob(f".out.new/{moment}")):
         assert process.poll() is None
         time.sleep(0.002)
