@@ -219,8 +219,8 @@ class NeuronOnDevice(OnDevice):
 
     def __init__(self, neuron, target: str, Q: int):
         super().__init__(target, Q)
-        self.num_steps, self.leaky, self.signed, self.normed = neuron.config.num_steps, neuron.leaky, neuron.signed, neuron.normed
-        self.gated = neuron.gate_gain is not None
+        self.num_steps, self.gated = neuron.config.num_steps, neuron.gate_gain is not None
+        self.leaky, self.signed, self.normed, self.square = neuron.leaky, neuron.signed, neuron.normed, neuron.square
         # coremltools makes a batch_norm of x * gain + bias, whose epsilon of 1e-5 flips spikes; subtraction it leaves alone.
         constants = {"gain": neuron.gain, "minus_bias": -neuron.bias}
         if self.gated:
@@ -242,6 +242,8 @@ class NeuronOnDevice(OnDevice):
 
     def forward(self, x: Tensor, mem: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         current = self.drive(x, self.gain, self.minus_bias)
+        if self.square:
+            current = current.relu() * current
         if not self.leaky:
             return self.fire(current), None
         steps = [self.step] * self.Q if not self.gated else self.drive(gate, self.minus_gate_gain, self.leak).sigmoid().split(1, self.t)
@@ -263,8 +265,7 @@ class MemoryOnDevice(OnDevice):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "decay", "write"):
             layer = getattr(memory, name)
             setattr(self, name, self.matrix(layer.weight, layer.bias))
-        self.constant("root_eps", memory.config.norm_eps**0.5, 0, 1)
-        self.constant("least", KEY_EPS, 0, 1)  # as in Memory.forward: a silent key stays silent
+        self.constant("least", KEY_EPS, 0, 1)  # as in Memory.forward: a silent query or key stays silent
 
     def forward(self, x: Tensor, late: Tensor, mem_q: Tensor, mem_k: Tensor, S: Tensor) -> tuple[Tensor, list[Tensor]]:
         C, H, Q = self.config.d_model, self.config.n_head, self.Q
@@ -274,7 +275,7 @@ class MemoryOnDevice(OnDevice):
         v, _ = self.v(self.v_proj(s))
         k, late = self.delay(k, late)
         q, k, v = (self.heads_of(z, H, C // H, "t") for z in (q, k, v))  # [1, H, D, Q]
-        k = k * torch.rsqrt((k * k).sum(2, keepdim=True) + self.least)
+        q, k = (z * torch.rsqrt((z * z).sum(2, keepdim=True) + self.least) for z in (q, k))
         decay = 1 - self.heads_of(self.decay(s), H, 1, "t").sigmoid()  # = exp(-softplus(z)), the leak a_t
         write = self.heads_of(self.write(s), H, 1, "t").sigmoid()  # [1, H, 1, Q]
         outputs = []
@@ -283,7 +284,7 @@ class MemoryOnDevice(OnDevice):
             news = b_t * (v_t - torch.matmul(S.transpose(2, 3), k_t))
             S = S + torch.matmul(k_t, news.transpose(2, 3))
             outputs.append(torch.matmul(S.transpose(2, 3), q_t))
-        o = rms_norm(torch.cat(outputs, 3) if Q > 1 else outputs[0], self.root_eps, 2)
+        o = torch.cat(outputs, 3) if Q > 1 else outputs[0]
         o = o.reshape(1, C, 1, Q) if self.ane else o.permute(0, 3, 1, 2).reshape(1, Q, C)
         return self.o_proj(self.o(o)[0]), [late, mem_q, mem_k, S]
 

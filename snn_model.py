@@ -31,11 +31,11 @@ CHUNK = 32  # tokens of a sequence that the parallel forms take in one piece
 SHARPNESS = 2.0  # 1 / half-width, in thresholds, of the surrogate's blur
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
-GAIN, HIDDEN_GAIN, KEY_GAIN, OUT_GAIN = 2.0, 4.0, 1.5, 4.0
+GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0
 LEAKS = ("gated", "learned", "fixed")
 GATE_SCALE = 0.1  # a gate's current is normalized, so this changes no beta: it lets Muon's first steps turn the weights further
 TAU_KEY = 4.0  # queries and keys remember this many tokens at most: a key can then hold the token before it
-KEY_EPS = 1e-3  # added to the squared length of a key before it is scaled to 1: a silent key stays silent
+KEY_EPS = 1e-3  # added to the squared length of a query or key before it is scaled to 1: a silent one stays silent
 TAU_MEMORY = (16.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
 
 
@@ -221,14 +221,17 @@ class Neuron(snntorch.Leaky):
     not reset by firing within a sequence. The time constant, beta = 1 - 1 / tau, is learned for each neuron, or chosen token by
     token by a second input g, the gate: beta_t = sigmoid(g_t / rms(g_t) * gate_gain + logit(beta)). A membrane can then let go of
     the past in one token, or hold what it has while thirty pass. With `tau` [N] = None nothing lasts from token to token.
+    With `square` the current is relu(I)², as in arXiv:2109.08668: a neuron then computes with products of its inputs.
     """
 
-    def __init__(self, n: int, config: PulseConfig, gain: float, tau: Tensor | None = None, gated=False, signed=False, normed=True):
+    def __init__(
+        self, n: int, config: PulseConfig, gain: float, tau: Tensor | None = None, gated=False, signed=False, normed=True, square=False
+    ):
         super().__init__(0.0, THRESHOLD, reset_mechanism="none")
         snntorch.SpikingNeuron.instances.pop()  # snntorch's list of all neurons would keep every model alive for ever
         del self.beta  # a number there; here it follows from parameters and input, and is no part of a checkpoint
         self.register_buffer("beta", torch.zeros(()), persistent=False)
-        self.config, self.leaky, self.signed, self.normed = config, tau is not None, signed, normed
+        self.config, self.leaky, self.signed, self.normed, self.square = config, tau is not None, signed, normed, square
         self.price = 0.0  # of a spike in the loss, set by Pulse.forward
         self.gain = nn.Parameter(torch.full((n,), gain))
         if self.leaky and not gated:
@@ -250,6 +253,8 @@ class Neuron(snntorch.Leaky):
     def forward(self, x: Tensor, mem: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, N], the membranes [B, N] before it and, if gated, g [B, T, N] -> spikes [B, T, N] and the membranes after it."""
         current = self.drive(x, self.gain, self.bias)
+        if self.square:
+            current = current.relu().square()
         if not self.leaky:
             return self.fire(current), None
         z = self.leak.expand_as(current) if gate is None else self.drive(gate, self.gate_gain, self.leak)
@@ -315,7 +320,9 @@ class Memory(nn.Module):
     """Looks up by content what was read before: queries, keys and values are spikes, and so is what goes back.
 
     The spikes of the keys arrive one token late, so that a value is written under what preceded it, and a query for the present
-    finds what followed it before: the induction heads of a transformer (arXiv:2209.11895), with one matrix per head.
+    finds what followed it before: the induction heads of a transformer (arXiv:2209.11895), with one matrix per head. Queries and
+    keys have length 1 and what comes back is not normalized: a query that matches nothing gets little, and nothing fires. Scaled
+    up to the same size whatever was found, the noise of every miss would go into the residual stream.
     """
 
     def __init__(self, config: PulseConfig):
@@ -326,7 +333,7 @@ class Memory(nn.Module):
         self.q = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.k = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.v = Neuron(C, config, GAIN, signed=True)
-        self.o = Neuron(C, config, GAIN, signed=True, normed=False)
+        self.o = Neuron(C, config, OUT_GAIN, signed=True, normed=False)
         self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)  # log a_t and b_t per head and token
 
     def forward(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple]:
@@ -338,13 +345,12 @@ class Memory(nn.Module):
         v, _ = self.v(self.v_proj(s))
         k, late = delay(k, late)
         q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
-        k = k * (k.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt()  # unit length
+        q, k = (z * (z.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt() for z in (q, k))  # unit length
         decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
         write = self.write(s).to(S.dtype).sigmoid().transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
             o, S = associate(q, k, v, decay, write, S)
-        o = F.rms_norm(o, o.shape[-1:], eps=self.config.norm_eps).transpose(1, 2).reshape(B, T, C)
-        return self.o_proj(self.o(o)[0]), (late, mem_q, mem_k, S)
+        return self.o_proj(self.o(o.transpose(1, 2).reshape(B, T, C))[0]), (late, mem_q, mem_k, S)
 
     def init_state(self, B: int, **kind) -> tuple[Tensor, ...]:
         C, H = self.config.d_model, self.config.n_head
@@ -361,7 +367,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.encode = Neuron(config.d_model, config, GAIN, signed=True)
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.hidden = Neuron(config.d_ff, config, GAIN)
+        self.hidden = Neuron(config.d_ff, config, SQUARE_GAIN, square=True)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
