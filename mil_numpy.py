@@ -337,6 +337,7 @@ OPERATIONS = {
     "inverse": lambda x, epsilon: 1 / (x + epsilon),  # not 1 / x
     "rsqrt": lambda x, epsilon: 1 / np.sqrt(x + epsilon),
     "sqrt": lambda x: np.sqrt(x),
+    "relu": lambda x: np.maximum(x, 0),
     "sigmoid": sigmoid,
     "silu": lambda x: x * sigmoid(x),
     "softmax": softmax,
