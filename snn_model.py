@@ -35,7 +35,7 @@ GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0
 LEAKS = ("gated", "learned", "fixed")
 GATE_SCALE = 0.1  # a gate's current is normalized, so this changes no beta: it lets Muon's first steps turn the weights further
 TAU_KEY = 4.0  # queries and keys remember this many tokens at most: a key can then hold the token before it
-KEY_EPS = 1e-3  # added to the squared length of a query or key before it is scaled to 1: a silent one stays silent
+KEY_EPS = 1e-3  # added to the squared length of a key before it is scaled to 1: a silent key stays silent
 TAU_MEMORY = (16.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
 
 
@@ -320,9 +320,7 @@ class Memory(nn.Module):
     """Looks up by content what was read before: queries, keys and values are spikes, and so is what goes back.
 
     The spikes of the keys arrive one token late, so that a value is written under what preceded it, and a query for the present
-    finds what followed it before: the induction heads of a transformer (arXiv:2209.11895), with one matrix per head. Queries and
-    keys have length 1 and what comes back is not normalized: a query that matches nothing gets little, and nothing fires. Scaled
-    up to the same size whatever was found, the noise of every miss would go into the residual stream.
+    finds what followed it before: the induction heads of a transformer (arXiv:2209.11895), with one matrix per head.
     """
 
     def __init__(self, config: PulseConfig):
@@ -333,7 +331,7 @@ class Memory(nn.Module):
         self.q = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.k = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.v = Neuron(C, config, GAIN, signed=True)
-        self.o = Neuron(C, config, OUT_GAIN, signed=True, normed=False)
+        self.o = Neuron(C, config, GAIN, signed=True, normed=False)
         self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)  # log a_t and b_t per head and token
 
     def forward(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple]:
@@ -345,12 +343,13 @@ class Memory(nn.Module):
         v, _ = self.v(self.v_proj(s))
         k, late = delay(k, late)
         q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
-        q, k = (z * (z.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt() for z in (q, k))  # unit length
+        k = k * (k.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt()  # unit length
         decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
         write = self.write(s).to(S.dtype).sigmoid().transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
             o, S = associate(q, k, v, decay, write, S)
-        return self.o_proj(self.o(o.transpose(1, 2).reshape(B, T, C))[0]), (late, mem_q, mem_k, S)
+        o = F.rms_norm(o, o.shape[-1:], eps=self.config.norm_eps).transpose(1, 2).reshape(B, T, C)
+        return self.o_proj(self.o(o)[0]), (late, mem_q, mem_k, S)
 
     def init_state(self, B: int, **kind) -> tuple[Tensor, ...]:
         C, H = self.config.d_model, self.config.n_head

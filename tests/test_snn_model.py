@@ -198,10 +198,10 @@ def test_nearly_all_products_of_a_token_are_accumulates():
 # ---- promise 2: snntorch is the neuron ----
 
 
-def make_neuron(n=12, gated=False, signed=False, normed=True):
+def make_neuron(n=12, gated=False, signed=False, normed=True, square=False):
     """With a beta for each neuron, 0.02 to 0.98."""
     torch.manual_seed(n)
-    neuron = Neuron(n, TINY, 4.0, 1 / (1 - torch.linspace(0.02, 0.98, n)), gated, signed, normed).double()
+    neuron = Neuron(n, TINY, 4.0, 1 / (1 - torch.linspace(0.02, 0.98, n)), gated, signed, normed, square).double()
     with torch.no_grad():
         for p in neuron.parameters():
             p.add_(torch.randn(n) * 0.3)
@@ -219,15 +219,19 @@ def token_by_token(neuron, x, mem, gate=None):
         z = neuron.leak if gate is None else rms_norm(gate[:, t]) * neuron.gate_gain + neuron.leak
         neuron.beta = 1 / (1 + torch.exp(-z))
         current = rms_norm(x[:, t]) * neuron.gain + neuron.bias
+        current = torch.where(current > 0, current**2, 0.0) if neuron.square else current
         s, mem = snntorch.Leaky.forward(neuron, (1 - neuron.beta) * current, mem)
         spikes.append(s)
     return torch.stack(spikes, 1), mem
 
 
-@pytest.mark.parametrize("gated, signed, normed", [(True, False, True), (False, False, True), (False, True, True), (True, False, False)])
+@pytest.mark.parametrize(
+    "gated, signed, normed, square",
+    [(True, False, True, False), (False, False, True, True), (False, True, True, False), (True, False, False, False)],
+)
 @pytest.mark.parametrize("T", LENGTHS)
-def test_neuron_is_snntorchs_recurrence(T, gated, signed, normed):
-    neuron = make_neuron(gated=gated, signed=signed, normed=normed)
+def test_neuron_is_snntorchs_recurrence(T, gated, signed, normed, square):
+    neuron = make_neuron(gated=gated, signed=signed, normed=normed, square=square)
     assert isinstance(neuron, snntorch.Leaky)
     x, mem = torch.randn(3, T, 12, dtype=torch.double), torch.randn(3, 12, dtype=torch.double)
     inputs = {"x": x, "mem": mem} | ({"gate": torch.randn_like(x) * 2} if gated else {})
