@@ -53,6 +53,7 @@ def draw(runs: list[Path], picture: Path):
     loss_axis.set_ylabel("loss (nats per token)")
     loss_axis.legend()
     bits_axis.set_ylabel("validation bits per byte")
+    bits_axis.margins(y=0.15)  # room for the figures
     lr_axis.set_ylabel("learning rate")
     lr_axis.set_xlabel("tokens seen")
     lr_axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))

@@ -58,7 +58,7 @@ RECIPES = {
     "base": Recipe(32_768, 8, (4_000, 2_500, 1_500), 0.0016),
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.001),
 }
-LR_SCALE = {"flow": 1.0, "pulse": 0.75}
+LR_SCALE = {"flow": 1.0, "pulse": 1.5}
 RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So little costs no bits per byte and saves a fifth of the spikes
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak, at the end of a phase
