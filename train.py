@@ -49,8 +49,8 @@ class Recipe:
     lr: float
 
 
-# nano's learning rate won a sweep over whole curricula (0.016 is better for 100 steps, and 2 to 5 % worse in the end); its steps
-# fit about ten minutes on two CPU cores. The others' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per
+# nano's learning rate is from a sweep over whole curricula, seed 0: 0.003 ends 0.2 to 0.6 % lower and solves fewer word problems, 0.016
+# is better for 100 steps and ends 1 to 5 % higher. Its steps fit about ten minutes on two CPU cores. The others' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per
 # parameter: neither has been tried.
 RECIPES = {
     "nano": Recipe(2048, 1, (1500, 1500, 500), 0.004),
