@@ -49,9 +49,9 @@ class Recipe:
     lr: float
 
 
-# nano's learning rate is from a sweep over whole curricula, seed 0: 0.003 ends 0.2 to 0.6 % lower and solves fewer word problems, 0.016
-# is better for 100 steps and ends 1 to 5 % higher. Its steps fit about ten minutes on two CPU cores. The others' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per
-# parameter: neither has been tried.
+# nano's learning rate is from a sweep over whole curricula, seed 0: 0.003 ends 0.2 to 0.6 % lower and solves fewer problems, 0.016
+# is better for 100 steps and ends 1 to 5 % higher. Its steps fit about ten minutes on two CPU cores. The others' rates follow from
+# nano's by 1/sqrt(d_model), their steps give 20 tokens per parameter: neither has been tried.
 RECIPES = {
     "nano": Recipe(2048, 1, (1500, 1500, 500), 0.004),
     "small": Recipe(32_768, 1, (8_000, 5_000, 3_000), 0.002),
