@@ -6,10 +6,6 @@ The slow references are loops over tokens, with snntorch's own forward where a n
 import dataclasses
 import gc
 import math
-import signal
-import subprocess
-import sys
-import time
 import weakref
 
 import numpy as np
@@ -17,13 +13,11 @@ import pytest
 import snntorch
 import torch
 import torch.nn as nn
-from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as flow
 import snn_model
-from checkpoint import load_checkpoint, save_checkpoint
-from model import Flow, FlowConfig, generate
+from model import generate
 from muon import build_optimizers
 from snn_model import CHUNK, KEY_EPS, LEAKS, PRESETS, Leak, Neuron, Pulse, PulseConfig, associate, delay, scan
 
@@ -632,87 +626,3 @@ def test_a_state_of_another_batch_size():
     model = make()
     with pytest.raises(ValueError, match="holds 2 sequences, the input 3: make one with init_state"):
         model(tokens(3, 4), state=model.init_state(2))
-
-
-# ---- the scripts ----
-
-SIZES = ["--n_layer=2", "--d_model=32", "--d_hidden=40", "--d_ff=48", "--n_head=2", "--memory_every=2", "--num_steps=2"]
-RUN = ["--model=pulse", "--phase=1", "--steps=60", "--save_interval=7", "--eval_interval=60", "--eval_tokens=256", "--log_interval=5"]
-RUN += [*SIZES, "--seq_len=40", "--batch_size=2", "--device=cpu"]
-
-
-def start(script, *options):
-    return subprocess.Popen(
-        [sys.executable, ROOT / script, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-
-
-def fails(process, match):
-    """The script ends with exit code 2 and this one line."""
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and len(errors.splitlines()) == 1 and errors.startswith("error: ") and match in errors, errors
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 7))) for _ in range(100)]
-    (folder / "text.txt").write_text("\n".join(" ".join(rng.choice(words, 12)) + "." for _ in range(600)))
-    process = start("prepare.py", folder / "text.txt", f"--out={folder / 'text'}", "--vocab_size=300")
-    assert process.wait(120) == 0, process.stderr.read()
-    return folder / "text"
-
-
-def test_killed_and_started_again_ends_in_the_same_weights(data, tmp_path):
-    whole, killed = (tmp_path / name for name in ("whole", "killed"))
-    processes = [start("train.py", f"--data={data}", f"--out={out}", *RUN) for out in (killed, whole)]
-    deadline = time.monotonic() + 120
-    while not (killed / "last.pt").exists():
-        assert processes[0].poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    processes[0].send_signal(signal.SIGKILL)
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert processes[1].returncode == 0 and not (killed / "phase1.pt").exists(), outputs
-    again = start("train.py", f"--data={data}", f"--out={killed}", *RUN)
-    output, errors = again.communicate(timeout=120)
-    assert again.returncode == 0 and "continuing" in output, errors
-    a, b = (load_checkpoint(out / "phase1.pt") for out in (whole, killed))
-    assert a["model"] == "pulse" and a["weights"].keys() == b["weights"].keys()
-    assert all(torch.equal(weight, b["weights"][name]) for name, weight in a["weights"].items())
-
-
-def test_bad_input_to_the_scripts(data, tmp_path):
-    tokenizer = (data / "tokenizer.json").read_text()
-    small = FlowConfig(vocab_size=300, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=16, global_every=1)
-    for name, network in (("flow", Flow(small)), ("pulse", Pulse(dataclasses.replace(TINY, vocab_size=300)))):
-        contents = dict(model=name, config=dataclasses.asdict(network.config), weights=network.state_dict(), tokenizer=tokenizer)
-        save_checkpoint(tmp_path / f"{name}.pt", contents | dict(phase=1, step=1))
-    train = ["train.py", "--model=pulse", f"--data={data}", f"--out={tmp_path / 'x'}"]
-    expected = [
-        (start(*train, "--num_steps=0"), "num_steps=0 must be at least 1"),
-        (start(*train, "--tau_max=0.5"), "tau_max=0.5 must be at least 1"),
-        (start(*train, "--leak=none"), "leak=none must be one of gated, learned, fixed"),
-        (start("sample.py", "--model=pulse", f"--ckpt={tmp_path / 'flow.pt'}"), "holds a flow model, not pulse"),
-        (start("sample.py", "--model=flow", f"--ckpt={tmp_path / 'pulse.pt'}"), "holds a pulse model, not flow"),
-    ]
-    good = start("sample.py", "--model=pulse", f"--ckpt={tmp_path / 'pulse.pt'}", "--max_new_tokens=5", "--prompt=abc")
-    for process, match in expected:
-        fails(process, match)
-    assert good.communicate(timeout=120)[0].startswith("abc") and good.returncode == 0
-    assert not (tmp_path / "x").exists()
-
-
-def test_sample_shows_energy_and_spikes_of_a_pulse_only(data, tmp_path):
-    tokenizer = (data / "tokenizer.json").read_text()
-    network = Pulse(dataclasses.replace(TINY, vocab_size=300))
-    contents = dict(model="pulse", config=dataclasses.asdict(network.config), weights=network.state_dict(), tokenizer=tokenizer)
-    save_checkpoint(tmp_path / "pulse.pt", contents | dict(phase=1, step=1))
-    sample = ["sample.py", f"--ckpt={tmp_path / 'pulse.pt'}"]
-    good = start(*sample, "--prompt=abc def", "--energy", f"--raster={tmp_path / 'spikes.png'}")
-    bad = start(*sample, "--energy")
-    fails(bad, "--energy and --raster look at a model that reads --prompt")
-    fails(start("train.py", f"--data={data}", "--rate_penalty=0.1"), "is for --model=pulse only")
-    output, errors = good.communicate(timeout=120)
-    assert good.returncode == 0 and "became accumulates" in output, errors
-    assert (tmp_path / "spikes.png").read_bytes().startswith(b"\x89PNG")
