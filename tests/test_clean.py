@@ -1,0 +1,81 @@
+"""clean.py: what becomes of a text, and the parts that find copies, against their definitions."""
+
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+from conftest import WORDS, prose, random_text, slow_shingles
+
+import clean
+
+
+def test_clean_text():
+    assert clean.clean_text("\ufeffabc\r\ndefg\rhijk\x0clmno\x00pqrst\u2028") == ("abc\ndefg\nhijk\nlmnopqrst\n", 0, False)
+    assert clean.clean_text("cafe\u0301")[0] == "café"
+    assert clean.clean_text("x<|endoftext|>y<|im_<|pad|>start|>z")[:2] == ("xyz", 3)
+    assert clean.clean_text("lost \ufffd" + "a" * 100)[2] and not clean.clean_text("lost \ufffd" + "a" * 2000)[2]
+    assert clean.clean_text("a\x01b\x02c\x03")[2]
+    rng = random.Random(3)
+    for _ in range(300):
+        text = clean.clean_text(random_text(rng))[0]
+        assert clean.clean_text(text) == (text, 0, False)
+        assert unicodedata.is_normalized("NFC", text) and not clean.CONTROL.search(text) and not clean.SPECIAL.search(text)
+
+
+def test_shingles_and_repetition_against_the_definition():
+    rng = random.Random(4)
+    texts = [prose(rng, n) for n in (1, 2, 4, 5, 6, 9, 300)]
+    texts += ["a b c d e f " * 20, "1+2=3, 1-2=-1", "...", "(One) two: three", "one two THREE"]
+    hashes, owner, is_text = clean.shingles([text.encode() for text in texts])
+    share = clean.repeated_share(hashes, owner, len(texts))
+    names = {}
+    for i, text in enumerate(texts):
+        expected, found = slow_shingles(text, clean.SHINGLE), hashes[owner == i].tolist()
+        assert len(found) == len(expected)
+        for shingle, value in zip(expected, found):
+            assert names.setdefault(shingle, value) == value
+        assert share[i] == pytest.approx(1 - len(set(expected)) / len(expected) if expected else 0)
+        assert is_text[i] == (text != "...")
+    assert len(set(names.values())) == len(names), "different shingles, different hashes"
+    characters = clean.shingles(["漢字かな漢字".encode()])[0]
+    assert len(characters) == 2, "in scripts without spaces a character is a word"
+
+
+def test_minhash_estimates_jaccard_and_bands_find_copies():
+    rng = random.Random(5)
+    texts = []
+    for _ in range(120):
+        words, rate = prose(rng, rng.choice((8, 30, 400))).split(), rng.choice((0.002, 0.02, 0.1, 0.3))
+        texts += [" ".join(words), " ".join(rng.choice(WORDS) if rng.random() < rate else word for word in words)]
+    hashes, owner, _ = clean.shingles([text.encode() for text in texts])
+    signature = clean.minhash(hashes, owner, len(texts))
+    assert not (signature == clean.UNSET).any()
+    keys = clean.band_keys(signature)
+    errors = []
+    for i in range(0, len(texts), 2):
+        a, b = set(slow_shingles(texts[i], clean.SHINGLE)), set(slow_shingles(texts[i + 1], clean.SHINGLE))
+        jaccard = len(a & b) / len(a | b)
+        errors.append((signature[i] == signature[i + 1]).mean() - jaccard)
+        shared = bool((keys[i] == keys[i + 1]).any())
+        assert shared or jaccard < 0.95
+        assert not shared or jaccard > 0.3
+    assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 0.05
+    assert not any((keys[i] == keys[j]).any() for i in range(0, 60, 2) for j in range(i + 2, 60, 2)), "unrelated texts share a key"
+
+
+def test_union_against_walking_the_graph():
+    rng = random.Random(6)
+    for n_edges in (0, 20, 60, 200):
+        a, b = ([rng.randrange(80) for _ in range(n_edges)] for _ in range(2))
+        parent = np.arange(80, dtype=np.int32)
+        for part in (slice(0, n_edges // 2), slice(n_edges // 2, n_edges)):
+            clean.union(parent, np.array(a[part], np.int32), np.array(b[part], np.int32))
+        expected = list(range(80))
+        for _ in range(80):
+            for i, j in zip(a, b):
+                expected[i] = expected[j] = min(expected[i], expected[j])
+        assert clean.find(parent, np.arange(80, dtype=np.int32)).tolist() == expected
+    chain, parent = np.arange(100_000, dtype=np.int32), np.arange(100_000, dtype=np.int32)
+    clean.union(parent, chain[:-1], chain[1:])
+    assert not clean.find(parent, chain).any()
