@@ -265,8 +265,7 @@ class MemoryOnDevice(OnDevice):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj", "decay", "write"):
             layer = getattr(memory, name)
             setattr(self, name, self.matrix(layer.weight, layer.bias))
-        self.constant("root_eps", memory.config.norm_eps**0.5, 0, 1)
-        self.constant("least", KEY_EPS, 0, 1)  # as in Memory.forward: a silent key stays silent
+        self.constant("least", KEY_EPS, 0, 1)  # as in Memory.forward: a silent query or key stays silent
 
     def forward(self, x: Tensor, late: Tensor, mem_q: Tensor, mem_k: Tensor, S: Tensor) -> tuple[Tensor, list[Tensor]]:
         C, H, Q = self.config.d_model, self.config.n_head, self.Q
@@ -276,7 +275,7 @@ class MemoryOnDevice(OnDevice):
         v, _ = self.v(self.v_proj(s))
         k, late = self.delay(k, late)
         q, k, v = (self.heads_of(z, H, C // H, "t") for z in (q, k, v))  # [1, H, D, Q]
-        k = k * torch.rsqrt((k * k).sum(2, keepdim=True) + self.least)
+        q, k = (z * torch.rsqrt((z * z).sum(2, keepdim=True) + self.least) for z in (q, k))
         decay = 1 - self.heads_of(self.decay(s), H, 1, "t").sigmoid()  # = exp(-softplus(z)), the leak a_t
         write = self.heads_of(self.write(s), H, 1, "t").sigmoid()  # [1, H, 1, Q]
         outputs = []
@@ -285,7 +284,7 @@ class MemoryOnDevice(OnDevice):
             news = b_t * (v_t - torch.matmul(S.transpose(2, 3), k_t))
             S = S + torch.matmul(k_t, news.transpose(2, 3))
             outputs.append(torch.matmul(S.transpose(2, 3), q_t))
-        o = rms_norm(torch.cat(outputs, 3) if Q > 1 else outputs[0], self.root_eps, 2)
+        o = torch.cat(outputs, 3) if Q > 1 else outputs[0]
         o = o.reshape(1, C, 1, Q) if self.ane else o.permute(0, 3, 1, 2).reshape(1, Q, C)
         return self.o_proj(self.o(o)[0]), [late, mem_q, mem_k, S]
 
@@ -299,6 +298,8 @@ class PulseOnDevice(OnDevice):
         self.config, self.first, self.last = model.config, first, last
         self.layers = list(range(first, last))
         self.blocks = nn.ModuleList(self.block(model.layers[i], target) for i in self.layers)
+        if first == 0:
+            self.constant("root_eps", model.config.norm_eps**0.5, 0, 1)
         if last == model.config.n_layer:
             self.out = NeuronOnDevice(model.out, target, 1)
             self.make_head(model.lm_head.weight)
@@ -341,6 +342,8 @@ class PulseOnDevice(OnDevice):
             after.append(new.reshape(1, 1, 1, -1) if self.ane else new)
 
         C = self.config.d_model
+        if self.first == 0:
+            x = rms_norm(x, self.root_eps, self.c)
         for block in self.blocks:
             late, mem = column(next(caches)), column(next(caches)) if block.hidden.leaky else None
             if block.memory is not None:

@@ -97,15 +97,16 @@ def package_weights(model, packages: list[Package], nets: list, dtype) -> tuple[
     for package, make in zip(packages, nets):
         held = package.function("decode").constants
         net = make(1, model=reference)
-        matrices = [(n, p) for n, p in net.named_parameters() if n.endswith("weight")]
-        for name, p in matrices:
-            prefix = f"net_{name.replace('.', '_')}_to_fp16"
-            found = [held[n] for n in held if n == prefix or n.startswith(f"{prefix}_")]
-            same_shape = [w for w in held.values() if w.shape == tuple(p.shape)]
+        matrices = {n: p for n, p in net.named_parameters() if n.endswith("weight")}
+        before = {n: p.detach().clone() for n, p in matrices.items()}
+        for name, p in matrices.items():
             # coremltools stores equal weights once, under the name of one of them.
-            weights = next((w for w in found if w.shape == tuple(p.shape)), next((w for w in same_shape if np.array_equal(w, p)), None))
+            names = [name, *(n for n in before if n != name and torch.equal(before[n], before[name]))]
+            prefixes = [f"net_{n.replace('.', '_')}_to_fp16" for n in names]
+            found = [held[n] for prefix in prefixes for n in held if n == prefix or n.startswith(f"{prefix}_")]
+            weights = next((w for w in found if w.shape == tuple(p.shape)), None)
             if weights is None:
-                raise InputError(f"{package.path.name} has no weights called {prefix}: this is a bug, please report it")
+                raise InputError(f"{package.path.name} has no weights called {prefixes[0]}: this is a bug, please report it")
             new = torch.from_numpy(np.array(weights))
             error = float((new - p).norm() / p.norm())
             if error > 0:

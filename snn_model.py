@@ -31,12 +31,12 @@ CHUNK = 32  # tokens of a sequence that the parallel forms take in one piece
 SHARPNESS = 2.0  # 1 / half-width, in thresholds, of the surrogate's blur
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
-GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0
+GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, READ_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0, 4.0
 LEAKS = ("gated", "learned", "fixed")
 GATE_SCALE = 0.1  # a gate's current is normalized, so this changes no beta: it lets Muon's first steps turn the weights further
-TAU_KEY = 4.0  # queries and keys remember this many tokens at most: a key can then hold the token before it
-KEY_EPS = 1e-3  # added to the squared length of a key before it is scaled to 1: a silent key stays silent
-TAU_MEMORY = (16.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
+TAU_KEY = 1.5  # queries and keys remember this many tokens at most, at the start: little more than the present one
+KEY_EPS = 1e-3  # added to the squared length of a query or key before it is scaled to 1: a silent one stays silent
+TAU_MEMORY = (64.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PulseConfig:
     # hold costs less than one that learns to let go: 32 is 1.6 % worse after 500 steps, no better than 1.
     tau_max: float = 4.0
     leak: str = "gated"  # the time constants are set by every token, "learned" one per neuron, or "fixed"
-    n_head: int = 4  # heads of the associative memory
+    n_head: int = 2  # heads of the associative memory
     memory_every: int = 3  # layer i has a memory when (i + 1) % memory_every == 0
     norm_eps: float = 1e-6
 
@@ -320,7 +320,9 @@ class Memory(nn.Module):
     """Looks up by content what was read before: queries, keys and values are spikes, and so is what goes back.
 
     The spikes of the keys arrive one token late, so that a value is written under what preceded it, and a query for the present
-    finds what followed it before: the induction heads of a transformer (arXiv:2209.11895), with one matrix per head.
+    finds what followed it before: the induction heads of a transformer (arXiv:2209.11895), with one matrix per head. A transformer
+    has to discover them. Here they are there from the first step, since queries and keys start with the same weights, and what is
+    read is sent back through the transpose of what turned it into a value. What was never written reads as zero, and fires nothing.
     """
 
     def __init__(self, config: PulseConfig):
@@ -331,8 +333,21 @@ class Memory(nn.Module):
         self.q = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.k = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.v = Neuron(C, config, GAIN, signed=True)
-        self.o = Neuron(C, config, GAIN, signed=True, normed=False)
+        self.o = Neuron(C, config, READ_GAIN, signed=True, normed=False)
         self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)  # log a_t and b_t per head and token
+
+    @torch.no_grad()
+    def start(self):
+        """The first weights: an induction head that forgets slowly, and whose leak and writing strength depend on nothing yet."""
+        for layer in (self.k_proj, self.v_proj):
+            nn.init.orthogonal_(layer.weight)
+        self.q_proj.weight.copy_(self.k_proj.weight)
+        self.o_proj.weight.copy_(self.v_proj.weight.T / math.sqrt(2 * self.config.n_layer))
+        for layer in (self.decay, self.write):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        tau = torch.exp(torch.linspace(*map(math.log, TAU_MEMORY), self.config.n_head))
+        self.decay.bias.copy_(torch.log(torch.expm1(1 / tau)))  # softplus of it = 1 / tau
 
     def forward(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple]:
         late, mem_q, mem_k, S = state
@@ -343,13 +358,12 @@ class Memory(nn.Module):
         v, _ = self.v(self.v_proj(s))
         k, late = delay(k, late)
         q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
-        k = k * (k.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt()  # unit length
+        q, k = (z * (z.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt() for z in (q, k))  # unit length
         decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
         write = self.write(s).to(S.dtype).sigmoid().transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
             o, S = associate(q, k, v, decay, write, S)
-        o = F.rms_norm(o, o.shape[-1:], eps=self.config.norm_eps).transpose(1, 2).reshape(B, T, C)
-        return self.o_proj(self.o(o)[0]), (late, mem_q, mem_k, S)
+        return self.o_proj(self.o(o.transpose(1, 2).reshape(B, T, C))[0]), (late, mem_q, mem_k, S)
 
     def init_state(self, B: int, **kind) -> tuple[Tensor, ...]:
         C, H = self.config.d_model, self.config.n_head
@@ -431,18 +445,15 @@ class Pulse(nn.Module):
         self.lm_head.weight = self.token_embedding.weight
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         for name, module in self.layers.named_modules():
-            if name.endswith(("decay", "write")):  # at the start both depend on nothing
-                nn.init.zeros_(module.weight)
-                nn.init.zeros_(module.bias)
-                if name.endswith("decay"):
-                    tau = torch.exp(torch.linspace(*map(math.log, TAU_MEMORY), config.n_head))
-                    module.bias.data.copy_(torch.log(torch.expm1(1 / tau)))  # softplus of it = 1 / tau
-            elif isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if name.endswith(("out_proj", "o_proj", "down_proj")):
                     module.weight.data /= math.sqrt(2 * config.n_layer)
                 elif name.endswith("gate_proj"):
                     module.weight.data *= GATE_SCALE
+        for block in self.layers:
+            if block.memory is not None:
+                block.memory.start()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: PulseState | None = None) -> tuple[Tensor | None, Tensor | None]:
         """idx [B, T] int64 -> (logits, loss).
@@ -457,7 +468,8 @@ class Pulse(nn.Module):
         for neuron, fan_out in self.fan_outs():
             neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel()) if self.training else 0.0
         layers = (self.init_state(idx.size(0)) if state is None else state).layers
-        x = self.token_embedding(idx)
+        # Normalized, so that a token is not lost among what the blocks add: a memory has to see which one it was.
+        x = F.rms_norm(self.token_embedding(idx), (self.config.d_model,), eps=self.config.norm_eps)
         for i, block in enumerate(self.layers):
             if self.checkpointing and self.training:
                 x, after = checkpoint(block, x, layers[i], use_reentrant=False)
@@ -473,13 +485,14 @@ class Pulse(nn.Module):
         return None, linear_cross_entropy(s.flatten(0, 1), self.lm_head.weight.to(s.dtype), targets.flatten())
 
     def fan_outs(self) -> list[tuple[Neuron, int]]:
-        """The neurons that feed matrices, and how many synapses each of their spikes reaches."""
+        """The neurons that feed matrices, those of the memories too, and how many synapses each of their spikes reaches."""
         C, H, pairs = self.config.d_model, self.config.n_head, [(self.out, self.config.vocab_size)]
         for block in self.layers:
             pairs += [(block.encode, self.config.d_hidden * (1 + self.config.is_gated())), (block.hidden, C)]
             pairs += [(block.feed_forward.encode, self.config.d_ff), (block.feed_forward.hidden, C)]
             if block.memory is not None:
                 pairs += [(block.memory.encode, 3 * C + 2 * H), (block.memory.o, C)]
+                pairs += [(block.memory.q, C // H), (block.memory.k, 2 * (C // H))]  # q reads S, k is recalled from S and written
         return pairs
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> PulseState:

@@ -37,7 +37,8 @@ def only_pulse(model: nn.Module):
 
 @torch.no_grad()
 def firing_rates(model: Pulse, idx: Tensor) -> dict[str, dict]:
-    """How the neurons that feed each matrix fire while the model reads idx [B, T].  Name of the matrix -> a dict of
+    """How the neurons that feed each matrix fire while the model reads idx [B, T].  Name of the matrix, or of the neurons q and k
+    that feed the matrix of a memory -> a dict of
 
         neurons      n
         nonzero      share of (neuron, token) pairs with at least one spike
@@ -67,6 +68,8 @@ def firing_rates(model: Pulse, idx: Tensor) -> dict[str, dict]:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 hooks.enter_context(module.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0])))
+            elif name.endswith(("memory.q", "memory.k")):
+                hooks.enter_context(module.register_forward_hook(lambda _, args, out, name=name: look(name, out[0])))
         model(idx)
     return rates
 
@@ -96,24 +99,25 @@ def nearest_flow(config: PulseConfig) -> FlowConfig:
 def energy(model: Pulse, idx: Tensor, flow_config: FlowConfig | None = None) -> dict:
     """What one token of idx [B, T] costs in arithmetic, beside a Flow (default: the nearest in size) that reads T tokens too.
 
-    A spike that arrives at a synapse is one accumulate, so a matrix costs sum |counts| * fan-out accumulates. What stays a
-    multiply-accumulate (MAC): the leak of every membrane, two per neuron, and per memory head the delta rule's 4 D² + D (leak,
-    recall, write and read of S, and the writing strength). Flow's MACs are those of its matrices and of attention, averaged over
-    T positions: a sixth of its training FLOPs (2 per MAC, once forward, twice backward). Raises InputError when it is no Pulse.
+    A spike that arrives at a synapse is one accumulate, so a matrix costs sum |counts| * fan-out accumulates. The matrix S of a
+    memory head is read by the spikes of q, and recalled and written by those of k, D numbers each time; lengths and writing
+    strength scale what was added up. What stays a multiply-accumulate (MAC): the leak of every membrane, two per neuron, and per
+    memory head D² for the leak of S and 5 D for the scaling. Flow's MACs are those of its matrices and of attention, averaged
+    over T positions: a sixth of its training FLOPs (2 per MAC, once forward, twice backward). Raises InputError when it is no Pulse.
 
     Returns {"tokens": T, "rows": [...], "pulse": {...}, "flow": {...}}; "synops", "macs" (what a dense network would compute) and
     "nj" (nanojoules) are per token. "pulse" has "spikes_per_synapse" = synops / macs of the matrices, and "accumulates" = the share
     of all MACs that became accumulates.
     """
     rates, config = firing_rates(model, idx), model.config
-    rows = []
+    rows, D = [], config.d_model // config.n_head
     for name, rate in rates.items():
-        weight = model.get_submodule(name).weight  # [fan-out, n]
-        synops = rate["spikes"] * weight.numel()
-        rows.append({"name": name, **rate, "synops": synops, "macs": weight.numel(), "nj": synops * ACCUMULATE / 1e3})
+        module = model.get_submodule(name)
+        synapses = module.weight.numel() if isinstance(module, nn.Linear) else rate["neurons"] * (D if name.endswith("q") else 2 * D)
+        synops = rate["spikes"] * synapses
+        rows.append({"name": name, **rate, "synops": synops, "macs": synapses, "nj": synops * ACCUMULATE / 1e3})
     synops, matrices = sum(row["synops"] for row in rows), sum(row["macs"] for row in rows)
-    D = config.d_model // config.n_head
-    memories = sum(block.memory is not None for block in model.layers) * config.n_head * (4 * D * D + D)
+    memories = sum(block.memory is not None for block in model.layers) * config.n_head * (D * D + 5 * D)
     leaks = sum(2 * neuron.leak.numel() for neuron in model.modules() if isinstance(neuron, Neuron) and neuron.leaky)
     for name, macs in (("memories", memories), ("membranes", leaks)):
         rows.append({"name": name, "macs": macs, "nj": macs * MULTIPLY_ACCUMULATE / 1e3})

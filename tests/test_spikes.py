@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import snn_model
 import spikes
 from model import PRESETS, Flow, FlowConfig
-from snn_model import Pulse, PulseConfig
+from snn_model import Neuron, Pulse, PulseConfig
 from sources import InputError
 
 TINY = dict(vocab_size=260, n_layer=3, d_model=16, d_hidden=20, d_ff=12, n_head=2, num_steps=3, memory_every=2)
@@ -36,15 +36,23 @@ def tokenizer() -> Tokenizer:
 
 
 def inputs_of_matrices(model, idx, monkeypatch) -> dict[str, list[list[float]]]:
-    """What each nn.Linear is fed, [B * T][n], caught without hooks."""
-    names, fed, forward = {module: name for name, module in model.named_modules()}, {}, nn.Linear.forward
+    """What each nn.Linear is fed and what q and k of a memory fire, [B * T][n], caught without hooks."""
+    names, fed = {module: name for name, module in model.named_modules()}, {}
+    forward, answer = nn.Linear.forward, Neuron.forward
 
     def caught(self, x):
         fed[names[self]] = x.flatten(0, -2).tolist()
         return forward(self, x)
 
+    def heard(self, *args):
+        counts, mem = answer(self, *args)
+        if names[self].endswith((".memory.q", ".memory.k")):
+            fed[names[self]] = counts.flatten(0, -2).tolist()
+        return counts, mem
+
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(nn.Linear, "forward", caught)
+        patch.setattr(Neuron, "forward", heard)
         model(idx)
     return fed
 
@@ -110,19 +118,21 @@ def test_energy_of_pulse(monkeypatch):
     fed = inputs_of_matrices(model, idx, monkeypatch)
     report = spikes.energy(model, idx)
     rows, synops, matrices = {row["name"]: row for row in report["rows"]}, 0, 0
+    H, D = 2, 8
+    fan_outs = {"layers.1.memory.q": D, "layers.1.memory.k": 2 * D}  # q reads S, k is recalled from it and written to it
     for name, counts in fed.items():
-        fan_out, n = model.get_submodule(name).weight.shape
+        fan_out, n = (fan_outs[name], 16) if name in fan_outs else model.get_submodule(name).weight.shape
         here = sum(abs(count) * fan_out for row in counts for count in row) / len(counts)
         assert rows[name]["synops"] == pytest.approx(here) and rows[name]["macs"] == fan_out * n
         assert rows[name]["nj"] == pytest.approx(here * 0.9 / 1000)
         synops, matrices = synops + here, matrices + fan_out * n
     # One token through the associative memory of the one block that has it, counted by torch and by hand.
-    H, D = 2, 8
     q, k, v = torch.randn(3, 1, H, 1, D)
     with FlopCounterMode(display=False) as counter:
         snn_model.associate(q, k, v, torch.zeros(1, H, 1), torch.ones(1, H, 1), torch.zeros(1, H, D, D))
-    elementwise = H * (D * D + D)  # S times its leak, what is written times its strength
-    assert rows["memories"]["macs"] == counter.get_total_flops() // 2 + elementwise
+    assert sum(rows[name]["macs"] for name in fan_outs) == counter.get_total_flops() // 2
+    # S times its leak; |q|², |k|², the recalled, the written and what was read times a number.
+    assert rows["memories"]["macs"] == H * (D * D + 5 * D)
     leaky = 2 * (3 * 20 + 2 * 16)  # hidden neurons, and q and k of the memory: beta U and (1 - beta) I
     assert rows["membranes"]["macs"] == leaky
     pulse = report["pulse"]
@@ -178,7 +188,7 @@ def test_the_table_is_aligned_and_says_what_is_missing():
     lines = "\n".join(rows).splitlines()
     assert len({len(line) for line in lines}) == 1 and not any(line.endswith(" ") for line in lines) and max(map(len, lines)) <= 100
     for name in (*spikes.firing_rates(model, idx), "memories", "membranes", "Pulse", "Flow"):
-        assert sum(line.startswith(name) for line in lines) == 1, name
+        assert sum(line.startswith((f"{name} ", f"{name},")) for line in lines) == 1, name
     assert "times the energy" in comparison and "spikes per synapse and token" in comparison and "became accumulates" in comparison
     for left_out in ("data movement", "norms", "residual additions", "embedding lookup", "softmax"):
         assert left_out in last
