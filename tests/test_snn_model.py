@@ -416,6 +416,19 @@ def test_half_of_a_blocks_fibres_are_slow_and_all_of_the_keys():
     assert not heard["written"][:, :, 0].any()
 
 
+def test_an_untrained_memory_is_an_induction_head():
+    """In the second copy of random tokens what the memory sends back is most often the embedding of the token that comes next."""
+    torch.manual_seed(0)
+    model, heard, copy = Pulse(PulseConfig()).eval(), {}, 24
+    x = torch.randint(1024, (8, copy)).repeat(1, 2)
+    with model.layers[2].memory.register_forward_hook(lambda _, args, out: heard.update(sent=out[0])), torch.no_grad():
+        model(x)
+    sent, tokens = nn.functional.normalize(heard["sent"], dim=-1), nn.functional.normalize(model.token_embedding.weight, dim=-1)
+    right = (sent @ tokens.T)[:, :-1].argmax(-1) == x[:, 1:]
+    assert right[:, : copy - 1].float().mean() < 0.02  # nothing to find in the first
+    assert right[:, copy:].float().mean() > 0.4
+
+
 # ---- promises 3 and 4: linear time, constant state, causal ----
 
 
