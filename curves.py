@@ -30,7 +30,10 @@ def draw(runs: list[Path], picture: Path):
         if not lines:
             raise InputError(f"{folder}/log.jsonl does not exist or is empty: train with --out={folder} first")
     figure = Figure(figsize=(9, 8), layout="constrained")
-    below = -14 if len(logs) > 1 else 8  # the first run's figures, where another's stand above
+    ends = {}  # phase -> bits per byte at its end, of every run: the lowest stands below its curve where there are others
+    for lines in logs.values():
+        for phase, last in {x["phase"]: x["val_bpb"] for x in lines if "val_bpb" in x}.items():
+            ends.setdefault(phase, []).append(last)
     loss_axis, bits_axis, lr_axis = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
     for n, (folder, lines) in enumerate(logs.items()):
         train, val = [x for x in lines if "loss" in x], [x for x in lines if "val_loss" in x]
@@ -42,7 +45,8 @@ def draw(runs: list[Path], picture: Path):
             name = f"{folder.name}, validation" if phase == val[0]["phase"] else None
             loss_axis.plot(at, [x["val_loss"] for x in points], color=color, marker="o", ms=4, label=name)
             bits_axis.plot(at, [x["val_bpb"] for x in points], color=color, marker="o", ms=4)
-            bits_axis.annotate(f"{last:.3f}", (at[-1], last), xytext=(-4, below if n == 0 else 8), textcoords="offset points", ha="right")
+            place = {"xytext": (-4, -14 if len(ends[phase]) > 1 and last == min(ends[phase]) else 8), "textcoords": "offset points"}
+            bits_axis.annotate(f"{last:.3f}", (at[-1], last), **place, ha="right", color=color)
         lr_axis.plot(seen, [x["lr"] for x in train], color=color)
         for phase in sorted({x["phase"] for x in lines}):
             start = max((x["tokens"] for x in lines if x["phase"] < phase), default=0)

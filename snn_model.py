@@ -343,9 +343,8 @@ class Memory(nn.Module):
             nn.init.orthogonal_(layer.weight)
         self.q_proj.weight.copy_(self.k_proj.weight)
         self.o_proj.weight.copy_(self.v_proj.weight.T / math.sqrt(2 * self.config.n_layer))
-        for layer in (self.decay, self.write):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for p in (*self.decay.parameters(), *self.write.parameters()):
+            nn.init.zeros_(p)
         tau = torch.exp(torch.linspace(*map(math.log, TAU_MEMORY), self.config.n_head))
         self.decay.bias.copy_(torch.log(torch.expm1(1 / tau)))  # softplus of it = 1 / tau
 
@@ -451,9 +450,8 @@ class Pulse(nn.Module):
                     module.weight.data /= math.sqrt(2 * config.n_layer)
                 elif name.endswith("gate_proj"):
                     module.weight.data *= GATE_SCALE
-        for block in self.layers:
-            if block.memory is not None:
-                block.memory.start()
+        for memory in filter(None, (block.memory for block in self.layers)):
+            memory.start()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, state: PulseState | None = None) -> tuple[Tensor | None, Tensor | None]:
         """idx [B, T] int64 -> (logits, loss).

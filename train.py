@@ -49,16 +49,15 @@ class Recipe:
     lr: float
 
 
-# nano's learning rate is from a sweep over whole curricula, seed 0: 0.003 ends 0.2 to 0.6 % lower and solves fewer problems, 0.016
-# is better for 100 steps and ends 1 to 5 % higher. Its steps fit about ten minutes on two CPU cores. The others' rates follow from
-# nano's by 1/sqrt(d_model), their steps give 20 tokens per parameter: neither has been tried.
+# nano's learning rate is from a sweep over whole curricula, seed 0: for Flow 0.003 ends 0.2 to 0.6 % lower and solves fewer problems,
+# 0.016 is better for 100 steps and ends 1 to 5 % higher; for Pulse 0.006 ends 0.1 to 1.1 % higher. Its steps fit about ten minutes on
+# two CPU cores. The others' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per parameter: neither has been tried.
 RECIPES = {
     "nano": Recipe(2048, 1, (1500, 1500, 500), 0.004),
     "small": Recipe(32_768, 1, (8_000, 5_000, 3_000), 0.002),
     "base": Recipe(32_768, 8, (4_000, 2_500, 1_500), 0.0016),
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.001),
 }
-LR_SCALE = {"flow": 1.0, "pulse": 1.5}
 RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So little costs no bits per byte and saves a fifth of the spikes
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak, at the end of a phase
@@ -282,7 +281,7 @@ def train(args, device: Device, say):
         raise InputError(f"{args.data}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
     config = model_config(args, meta["vocab_size"])
     recipe = RECIPES[args.preset]
-    peak_lr = args.lr or recipe.lr * LR_SCALE[args.model]
+    peak_lr = args.lr or recipe.lr
 
     # What each phase will do, all of it before anything is trained or removed: the plan is compared with Chinchilla's optimum, and
     # a phase whose data are too few must not be found out after the phases before it.
