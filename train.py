@@ -462,6 +462,8 @@ def train(args, device: Device, say):
             last.unlink(missing_ok=True)
         device.barrier()
         say(f"phase {phase} took {time.perf_counter() - began:.0f} s, evaluation included; weights in {final}")
+    if tracker:
+        tracker.finish()
     say(f"\nnext: python sample.py --ckpt={args.out}")
 
 

@@ -151,7 +151,7 @@ def test_vectors_are_refused():
 
 
 WORKER = """
-import sys, json, torch, torch.distributed as dist
+import os, sys, json, torch, torch.distributed as dist
 from muon import Muon
 dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -170,6 +170,7 @@ held = sum("momentum" in optimizer.state[p] for p in params)
 torch.save({"params": [p.detach() for p in params], "state": optimizer.state_dict(), "held": held}, f"{sys.argv[1]}/{dist.get_rank()}.pt")
 dist.barrier()  # see Device.barrier
 dist.destroy_process_group()
+os._exit(0)  # see prepare.run
 """
 
 
