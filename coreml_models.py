@@ -17,8 +17,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from membranes import THRESHOLD
 from model import Flow, FlowConfig
-from snn_model import KEY_EPS, THRESHOLD, Pulse
+from snn_model import KEY_EPS, Pulse
 
 PREFILL = {"flow": 32, "pulse": 8}  # tokens of a prompt that prefill reads at a time; Pulse's neurons take them one by one
 ALIGN = 32  # the Neural Engine pads the last dimension of a tensor to 64 bytes

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 import time
 from contextlib import nullcontext
 
@@ -54,6 +55,18 @@ class Device:
             torch.cuda.set_device(self.torch)
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.torch.type == "cuda" else "gloo")
+
+    def __enter__(self) -> "Device":
+        return self
+
+    def __exit__(self, failed, *_):
+        """Leave the other ranks. When all went well a rank ends here, without Python's finalization: there it has happened, on a busy
+        machine, that one of gloo's threads wanted Python once more and aborted a process whose work was done."""
+        if self.ranks > 1:
+            dist.destroy_process_group()
+            if failed is None:
+                sys.stdout.flush()
+                os._exit(0)
 
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else self.torch.type

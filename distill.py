@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -484,12 +483,8 @@ def distill(args, device: Device, say):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = Device(args.device)
-    try:
+    with Device(args.device) as device:
         distill(args, device, print if device.rank == 0 else lambda *_, **__: None)
-    finally:
-        if device.ranks > 1:
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

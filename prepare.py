@@ -66,11 +66,6 @@ def run(main: Callable):
     try:
         main()
         sys.stdout.flush()  # so that a closed pipe is noticed here
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # Python takes its last steps without one of torchrun's ranks: once in hundreds of runs a thread of gloo's still held a
-            # tensor then, and the process aborted after all its work was done.
-            sys.stderr.flush()
-            os._exit(0)
         return
     except KeyboardInterrupt:
         code, line = 130, "interrupted"

@@ -1,4 +1,4 @@
-"""Pulse: a spiking language model, the whole of it in one file.
+"""Pulse: a spiking language model.
 
 The interface is Flow's, the inside is not. Every matrix is fed by spikes: integer counts between -num_steps and num_steps, so
 that a product is a sum of weights. What one token leaves for the next is the membrane potential of leaky integrate-and-fire
@@ -9,7 +9,7 @@ and constant in memory; there is no attention.
     python snn_model.py                 # prints the presets: parameters and FLOPs per token
 
 The neuron is snntorch's Leaky. Token by token it runs snntorch's own recurrence; over a whole sequence the same recurrence is
-evaluated in parallel, which is what makes training fast.
+evaluated in parallel, which is what makes training fast: membranes.py does that.
 
 B batch, T tokens, C = d_model, N = neurons of a layer, H memory heads, D = C / H, K = num_steps, V vocabulary.
 """
@@ -24,11 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak
 from model import linear_cross_entropy
 
-THRESHOLD = 1.0  # a membrane n thresholds high fires n spikes
-CHUNK = 32  # tokens of a sequence that the parallel forms take in one piece
-SHARPNESS = 2.0  # 1 / half-width, in thresholds, of the surrogate's blur
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
 GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, READ_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0, 4.0
@@ -49,8 +47,7 @@ class PulseConfig:
     d_hidden: int = 192  # leaky neurons of a block
     d_ff: int = 352  # neurons of its feed-forward part
     num_steps: int = 8  # micro-steps per token = most spikes that a neuron fires per token
-    # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens. Short, because a gate that learns to
-    # hold costs less than one that learns to let go: 32 is 1.6 % worse after 500 steps, no better than 1.
+    # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens, 2 % worse in 500 steps. 32 is no better.
     tau_max: float = 4.0
     leak: str = "gated"  # the time constants are set by every token, "learned" one per neuron, or "fixed"
     n_head: int = 2  # heads of the associative memory
@@ -104,112 +101,6 @@ PRESETS: dict[str, PulseConfig] = {  # Flow's widths and depths, d_ff chosen for
 
 
 # ------------------------------------------------------------------------------------------------------------- the neuron
-
-
-class Fire(torch.autograd.Function):
-    """Membranes -> spike counts: num_steps micro-steps of integrate-and-fire with soft reset, in closed form.
-
-    A membrane above the threshold fires and loses one threshold, num_steps times: clamp(ceil(U - 1), 0, num_steps) spikes, the
-    counts of snntorch.Leaky(beta=1, reset_mechanism="subtract"). A signed neuron does the same below zero, with negative spikes.
-    For the gradient the staircase is a ramp, blurred with a Lorentzian: the atan surrogate (snntorch's default) for all levels
-    together, at the cost of one. Its tails reach the silent and the saturated neurons; a ramp without them learns 6 to 9 % worse.
-    Backpropagating through the micro-steps instead would count a silent neuron num_steps times and explode.
-    """
-
-    @staticmethod
-    def forward(ctx, mem: Tensor, num_steps: int, signed: bool, dtype: torch.dtype, price: float) -> Tensor:
-        """`price` is the derivative of the loss per spike, on top of what flows back: a penalty on firing (see Pulse)."""
-        ctx.save_for_backward(mem)
-        ctx.num_steps, ctx.signed, ctx.price = num_steps, signed, price
-        if not signed:
-            return (mem - THRESHOLD).ceil_().clamp_(0, num_steps).to(dtype)
-        return (mem.abs().sub_(THRESHOLD).ceil_().clamp_(0, num_steps) * mem.sign()).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (mem,) = ctx.saved_tensors
-        u = (mem.abs() if ctx.signed else mem) - THRESHOLD
-        if ctx.price:
-            grad = grad + mem.sign() * (u > 0) * ctx.price
-        # atan(a) - atan(b) with a = SHARPNESS (u + 0.5) and b = a - SHARPNESS K is the angle of (1 + a b, a - b): one function
-        # instead of two, and on a CPU, where PyTorch has atan2 in vector instructions and atan not, a fifth of the time.
-        u += 0.5
-        angle = u.sub(ctx.num_steps).mul_(u).mul_(SHARPNESS**2).add_(1)
-        torch.atan2(angle.new_tensor(SHARPNESS * ctx.num_steps), angle, out=angle)
-        return angle.mul_(1 / math.pi).mul_(grad), None, None, None, None
-
-
-class Drive(torch.autograd.Function):
-    """The input current of neurons: x / rms(x) * gain + bias over the last dimension.
-
-    F.rms_norm and two more operations give the same; by hand forward and backward take half as many passes over memory, and on a
-    CPU those passes, not the matrix products, are what training a small Pulse spends its time on.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, gain)
-        return torch.addcmul(bias, normed, gain)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        normed, scale, gain = ctx.saved_tensors
-        aligned = grad * normed
-        grad_x = (grad * gain).addcmul_(normed, (aligned @ gain)[..., None], value=-1 / gain.numel()).mul_(scale)
-        rows = tuple(range(grad.ndim - 1))
-        return grad_x, aligned.sum(rows), grad.sum(rows), None
-
-
-def scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
-    """U_t = beta_t U_{t-1} + x_t for all t, U_{-1} = carry.  x, beta [B, T, N], carry [B, N] -> U [B, T, N]
-
-    All chunks of the sequence take their L steps side by side, each from zero, and multiply up what they leave of the past; then
-    a pass over the chunks adds what came before. `reverse` runs from the last token to the first.
-    """
-    B, T, N = x.shape
-    L = min(CHUNK, T)
-    if T % L:
-        pad = -T % L
-        sides = (0, 0, pad, 0) if reverse else (0, 0, 0, pad)
-        U = scan(F.pad(x, sides), F.pad(beta, sides), carry, reverse)
-        return U[:, pad:] if reverse else U[:, :T]
-    x, beta = x.reshape(B, T // L, L, N), beta.reshape(B, T // L, L, N)
-    U, left = torch.empty_like(x), torch.empty_like(beta)  # left = the product of the chunk's betas so far
-    order = range(L - 1, -1, -1) if reverse else range(L)
-    for t, before in zip(order, (None, *order)):
-        if before is None:
-            U[:, :, t], left[:, :, t] = x[:, :, t], beta[:, :, t]
-        else:
-            torch.addcmul(x[:, :, t], beta[:, :, t], U[:, :, before], out=U[:, :, t])
-            torch.mul(left[:, :, before], beta[:, :, t], out=left[:, :, t])
-    for chunk in range(T // L - 1, -1, -1) if reverse else range(T // L):
-        U[:, chunk].addcmul_(left[:, chunk], carry[:, None])
-        carry = U[:, chunk, 0 if reverse else -1]
-    return U.view(B, T, N)
-
-
-class Leak(torch.autograd.Function):
-    """The membranes of a whole sequence, U_t = beta_t U_{t-1} + (1 - beta_t) I_t with beta = sigmoid(z).
-
-    current I, z [B, T, N], mem [B, N] -> U [B, T, N]. The gradient is the same recurrence run backwards.
-    """
-
-    @staticmethod
-    def forward(ctx, current: Tensor, z: Tensor, mem: Tensor) -> Tensor:
-        beta = z.sigmoid()
-        U = scan(torch.addcmul(current, current, beta, value=-1), beta, mem)
-        ctx.save_for_backward(U, current, beta)
-        return U
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        U, current, beta = ctx.saved_tensors
-        grad = scan(grad, F.pad(beta[:, 1:], (0, 0, 0, 1)), torch.zeros_like(grad[:, 0]), reverse=True)
-        grad_mem = beta[:, 0] * grad[:, 0]
-        grad.addcmul_(grad, beta, value=-1)
-        return grad, (U - current).mul_(grad), grad_mem  # dU/dz = beta (1 - beta) (U_{t-1} - I) = (1 - beta) (U_t - I)
 
 
 class Neuron(snntorch.Leaky):

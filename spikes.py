@@ -19,9 +19,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from membranes import THRESHOLD
 from model import PRESETS, FlowConfig
 from prepare import InputError
-from snn_model import THRESHOLD, Neuron, Pulse, PulseConfig
+from snn_model import Neuron, Pulse, PulseConfig
 
 # pJ of one fp32 operation at 45 nm: an addition 0.9, a multiplication 3.7 (Horowitz, ISSCC 2014).
 ACCUMULATE, MULTIPLY_ACCUMULATE = 0.9, 4.6
@@ -110,10 +111,10 @@ def energy(model: Pulse, idx: Tensor, flow_config: FlowConfig | None = None) -> 
     of all MACs that became accumulates.
     """
     rates, config = firing_rates(model, idx), model.config
-    rows, D = [], config.d_model // config.n_head
+    rows, D, fan_out = [], config.d_model // config.n_head, dict(model.fan_outs())
     for name, rate in rates.items():
         module = model.get_submodule(name)
-        synapses = module.weight.numel() if isinstance(module, nn.Linear) else rate["neurons"] * (D if name.endswith("q") else 2 * D)
+        synapses = module.weight.numel() if isinstance(module, nn.Linear) else rate["neurons"] * fan_out[module]
         synops = rate["spikes"] * synapses
         rows.append({"name": name, **rate, "synops": synops, "macs": synapses, "nj": synops * ACCUMULATE / 1e3})
     synops, matrices = sum(row["synops"] for row in rows), sum(row["macs"] for row in rows)

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -245,9 +244,9 @@ def model_config(args, vocab_size: int):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = Device(args.device)
     try:
-        train(args, device, print if device.rank == 0 else lambda *_, **__: None)
+        with Device(args.device) as device:
+            train(args, device, print if device.rank == 0 else lambda *_, **__: None)
     except RuntimeError as problem:
         if cause := getattr(problem, "inner_exception", None):  # BackendCompilerFailed, whose module takes seconds to import
             why = str(cause).splitlines()[0]
@@ -260,9 +259,6 @@ def main(argv=None):
         if problem.filename is None and problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a write knows no name
             problem.filename = str(args.out)
         raise
-    finally:
-        if device.ranks > 1:
-            dist.destroy_process_group()
 
 
 def train(args, device: Device, say):

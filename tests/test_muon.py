@@ -151,26 +151,26 @@ def test_vectors_are_refused():
 
 
 WORKER = """
-import os, sys, json, torch, torch.distributed as dist
+import sys, torch
+from device import Device
 from muon import Muon
-dist.init_process_group("gloo")
-torch.manual_seed(0)
-shapes = [(16, 16)] * 5 + [(8, 24)] * 2 + [(24, 8)]
-params = [torch.randn(s).requires_grad_() for s in shapes]
-optimizer = Muon(params, lr=0.05)
-for step in range(4):
-    if step == 2:  # a state that went through saving must go on the same way
-        state = optimizer.state_dict()
-        optimizer = Muon(params, lr=0.05)
-        optimizer.load_state_dict(state)
-    for p in params:
-        p.grad = torch.randn(p.shape)
-    optimizer.step()
-held = sum("momentum" in optimizer.state[p] for p in params)
-torch.save({"params": [p.detach() for p in params], "state": optimizer.state_dict(), "held": held}, f"{sys.argv[1]}/{dist.get_rank()}.pt")
-dist.barrier()  # see Device.barrier
-dist.destroy_process_group()
-os._exit(0)  # see prepare.run
+with Device("cpu") as device:
+    torch.manual_seed(0)
+    shapes = [(16, 16)] * 5 + [(8, 24)] * 2 + [(24, 8)]
+    params = [torch.randn(s).requires_grad_() for s in shapes]
+    optimizer = Muon(params, lr=0.05)
+    for step in range(4):
+        if step == 2:  # a state that went through saving must go on the same way
+            state = optimizer.state_dict()
+            optimizer = Muon(params, lr=0.05)
+            optimizer.load_state_dict(state)
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+    held = sum("momentum" in optimizer.state[p] for p in params)
+    result = {"params": [p.detach() for p in params], "state": optimizer.state_dict(), "held": held}
+    torch.save(result, f"{sys.argv[1]}/{device.rank}.pt")
+    device.barrier()
 """
 
 

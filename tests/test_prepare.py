@@ -260,29 +260,7 @@ def test_builtin_mixes_with_own_text(monkeypatch):
     assert set(documents("data/builtin", 1, "train")) == {texts[0], *texts[4:]}, "its own validation documents stay out"
 
 
-# ---- sources ----
-
-
-def test_file_types_and_folders(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    rng = random.Random(15)
-    texts = [prose(rng, 40) for _ in range(6)]
-    folder = tmp_path / "texts" / "deep"
-    folder.mkdir(parents=True)
-    (folder / "a.txt").write_text(f"{texts[0]}<|endoftext|>\r\n{texts[1]}<|endoftext|>")
-    (folder / "b.md").write_text(texts[2])
-    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"content": texts[3], "id": 1}) + "\n\n")
-    parquet.write_table(pyarrow.table({"id": [1, 2], "text": texts[4:]}), folder / "d.parquet")
-    (folder / "ignored.py").write_text("pass")
-    files = sources.source_files("texts")
-    assert [Path(name).name for name, _ in files] == ["a.txt", "b.md", "c.jsonl.gz", "d.parquet"]
-    assert [item for _, item in sources.read_source(sources.Source("texts"), files, 0, None)] == texts
-    write_jsonl(tmp_path / "qa.jsonl", [{"question": "Why?", "answer": "So."}])
-    read = lambda name, field: [item for _, item in sources.read_source(sources.Source(name), sources.source_files(name), 0, field)]  # noqa: E731
-    assert read("qa.jsonl", None) == [[{"question": "Why?", "answer": "So."}]] and read("qa.jsonl", "answer") == ["So."]
+# ---- sources and shards ----
 
 
 def test_hub_addresses(monkeypatch, tmp_path):
@@ -308,25 +286,6 @@ def test_hub_addresses(monkeypatch, tmp_path):
     assert "".join(documents("data/a", 1, "train") + documents("data/a", 1, "val")) == text
 
 
-def test_text_in_pieces(monkeypatch, tmp_path):
-    monkeypatch.setattr(sources, "PIECE", 1000)
-    rng = random.Random(17)
-    text = "".join(prose(rng, 700) + random_text(rng, 3000).replace("<|im_end|>", "").replace("\r", "") for _ in range(300))
-    (tmp_path / "long.txt").write_text(text, encoding="utf-8", newline="")
-    assert len(text.encode()) > 2 << 20
-    pieces = [item for _, item in sources.read_source(sources.Source("long.txt"), sources.source_files("long.txt"), 0, None)]
-    assert "".join(pieces) == text and max(map(len, pieces)) <= 1000
-    assert sum(piece.endswith("\n\n") for piece in pieces) > len(pieces) / 4
-    position = 1_500_000
-    data = text.encode()[:position].decode(errors="ignore").encode()
-    (tmp_path / "latin.txt").write_bytes(data + b"\xe9 " + text.encode())
-    with pytest.raises(prepare.InputError, match=f"latin.txt is not UTF-8 at byte {len(data)}: .*iconv"):
-        list(sources.read_source(sources.Source("latin.txt"), sources.source_files("latin.txt"), 0, None))
-
-
-# ---- shards ----
-
-
 def test_shards_roll_over(tmp_path):
     rng = random.Random(18)
     (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(prose(rng, 100) for _ in range(60)))
@@ -344,30 +303,6 @@ def test_shards_roll_over(tmp_path):
     assert len(meta["phases"]["1"]["train"]["shards"]) > 5
     fingerprint = prepare.tokenizer_fingerprint((tmp_path / "many/tokenizer.json").read_text())
     assert prepare.read_shard("many/phase1_val_00000.bin", fingerprint=fingerprint)[0]["fingerprint"] == fingerprint
-
-
-def test_shards_are_checked_on_reading(tmp_path):
-    path = tmp_path / "x.bin"
-    prepare.write_shard(path, np.arange(1000, dtype=np.uint16), 1024, 2**33 + 5, -7, 3)
-    header, data = prepare.read_shard(path, 1024, -7)
-    assert header == {"n_tokens": 1000, "vocab_size": 1024, "n_bytes": 2**33 + 5, "n_documents": 3, "fingerprint": -7}
-    assert np.array_equal(data, np.arange(1000)) and data.dtype == np.uint16 and list(tmp_path.iterdir()) == [path]
-    for arguments, message in (((512,), "vocab_size 1024, expected 512"), ((1024, 8), "fingerprint -7, expected 8")):
-        with pytest.raises(prepare.InputError, match=message):
-            prepare.read_shard(path, *arguments)
-    whole = path.read_bytes()
-    for content, message in ((whole[:-100], "holds 1900 bytes of tokens, its header says 2000"), (whole[:500], "not a token shard"),
-                             (b"", "not a token shard"), (b"x" * 5000, "not a token shard"),
-                             (whole[:4] + b"\x09" + whole[5:], "shard version 9")):
-        path.write_bytes(content)
-        with pytest.raises(prepare.InputError, match=message):
-            prepare.read_shard(path)
-    with pytest.raises(prepare.InputError, match="does not exist.*prepare.py"):
-        prepare.read_shard(tmp_path / "missing.bin")
-    with pytest.raises(prepare.InputError, match="python prepare.py SOURCE --out=nowhere"):
-        prepare.load_meta("nowhere")
-    with pytest.raises(prepare.InputError, match="with python prepare.py$"):
-        prepare.load_meta("data/builtin")
 
 
 # ---- the run as a whole ----

@@ -1,0 +1,31 @@
+"""shards.py: what is written is read again, and what is no shard, or one of other data, is refused."""
+
+import numpy as np
+import pytest
+
+import shards
+from sources import InputError
+
+
+def test_shards_are_checked_on_reading(tmp_path):
+    path = tmp_path / "x.bin"
+    shards.write_shard(path, np.arange(1000, dtype=np.uint16), 1024, 2**33 + 5, -7, 3)
+    header, data = shards.read_shard(path, 1024, -7)
+    assert header == {"n_tokens": 1000, "vocab_size": 1024, "n_bytes": 2**33 + 5, "n_documents": 3, "fingerprint": -7}
+    assert np.array_equal(data, np.arange(1000)) and data.dtype == np.uint16 and list(tmp_path.iterdir()) == [path]
+    for arguments, message in (((512,), "vocab_size 1024, expected 512"), ((1024, 8), "fingerprint -7, expected 8")):
+        with pytest.raises(InputError, match=message):
+            shards.read_shard(path, *arguments)
+    whole = path.read_bytes()
+    for content, message in ((whole[:-100], "holds 1900 bytes of tokens, its header says 2000"), (whole[:500], "not a token shard"),
+                             (b"", "not a token shard"), (b"x" * 5000, "not a token shard"),
+                             (whole[:4] + b"\x09" + whole[5:], "shard version 9")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            shards.read_shard(path)
+    with pytest.raises(InputError, match="does not exist.*prepare.py"):
+        shards.read_shard(tmp_path / "missing.bin")
+    with pytest.raises(InputError, match="python prepare.py SOURCE --out=nowhere"):
+        shards.load_meta("nowhere")
+    with pytest.raises(InputError, match="with python prepare.py$"):
+        shards.load_meta("data/builtin")
