@@ -75,8 +75,8 @@ class Drive(torch.autograd.Function):
 def scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
     """U_t = beta_t U_{t-1} + x_t for all t, U_{-1} = carry.  x, beta [B, T, N], carry [B, N] -> U [B, T, N]
 
-    All chunks of the sequence take their L steps side by side, each from zero, and multiply up what they leave of the past; then
-    a pass over the chunks adds what came before. `reverse` runs from the last token to the first.
+    All chunks of the sequence take their L steps side by side, each from zero, and multiply up what they leave of the past. What
+    comes before a chunk follows from the chunks' ends by the same recurrence. `reverse` runs from the last token to the first.
     """
     B, T, N = x.shape
     L = min(CHUNK, T)
@@ -94,10 +94,11 @@ def scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tenso
         else:
             torch.addcmul(x[:, :, t], beta[:, :, t], U[:, :, before], out=U[:, :, t])
             torch.mul(left[:, :, before], beta[:, :, t], out=left[:, :, t])
-    for chunk in range(T // L - 1, -1, -1) if reverse else range(T // L):
-        U[:, chunk].addcmul_(left[:, chunk], carry[:, None])
-        carry = U[:, chunk, 0 if reverse else -1]
-    return U.view(B, T, N)
+    past = carry[:, None]  # of each chunk
+    if T > L:
+        ends = scan(U[:, :, order[-1]], left[:, :, order[-1]], carry, reverse)
+        past = torch.cat([ends[:, 1:], past] if reverse else [past, ends[:, :-1]], 1)
+    return U.addcmul_(left, past[:, :, None]).view(B, T, N)
 
 
 class Leak(torch.autograd.Function):
@@ -120,3 +121,33 @@ class Leak(torch.autograd.Function):
         grad_mem = beta[:, 0] * grad[:, 0]
         grad.addcmul_(grad, beta, value=-1)
         return grad, (U - current).mul_(grad), grad_mem  # dU/dz = beta (1 - beta) (U_{t-1} - I) = (1 - beta) (U_t - I)
+
+
+class Recall(torch.autograd.Function):
+    """A matrix S that chunks of a sequence write in turn: W_i = own_i - seen_i S_i and S_{i+1} = left_i S_i + kept_iᵀ W_i.
+
+    own [n, B, L, D], seen, kept [n, B, L, K], left [n, B, 1, 1], S_0 [B, K, D] -> S [n + 1, B, K, D], W [n, B, L, D]
+
+    Autograd would keep two tensors and make a dozen small ones per chunk, most of the time that a long sequence takes here. Of the
+    gradients only those of W and S pass from chunk to chunk; the others are products over all chunks at once.
+    """
+
+    @staticmethod
+    def forward(ctx, own: Tensor, seen: Tensor, kept: Tensor, left: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        S, W = first.new_empty(len(own) + 1, *first.shape), torch.empty_like(own)
+        S[0] = first
+        for i in range(len(own)):
+            torch.baddbmm(own[i], seen[i], S[i], alpha=-1, out=W[i])
+            torch.baddbmm(S[i] * left[i], kept[i].mT, W[i], out=S[i + 1])
+        ctx.save_for_backward(seen, kept, left, S, W)
+        return S, W
+
+    @staticmethod
+    def backward(ctx, grad_S: Tensor, grad_W: Tensor):
+        seen, kept, left, S, W = ctx.saved_tensors
+        grad_S, grad_W = grad_S.clone(), grad_W.clone()
+        for i in range(len(W) - 1, -1, -1):
+            grad_W[i].baddbmm_(kept[i], grad_S[i + 1])
+            grad_S[i].addcmul_(left[i], grad_S[i + 1]).baddbmm_(seen[i].mT, grad_W[i], alpha=-1)
+        left = (grad_S[1:] * S[:-1]).sum((-2, -1), keepdim=True)
+        return grad_W, -(grad_W @ S[:-1].mT), W @ grad_S[1:].mT, left, grad_S[0]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak
+from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Recall
 from model import linear_cross_entropy
 
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
@@ -173,7 +173,7 @@ def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: 
 
     q, k, v [B, H, T, D]; decay = log a_t and write = b_t [B, H, T]; S [B, H, D, D] -> o [B, H, T, D] and the last S.
     Chunks of L tokens: what the tokens of a chunk write depends on each other through a triangular system, solved for all chunks
-    at once as a function of the S that a chunk starts with (arXiv:2406.06484); only that S is then carried from chunk to chunk.
+    at once as a function of the S that a chunk starts with (arXiv:2406.06484); Recall then carries S from chunk to chunk.
     """
     B, H, T, D = q.shape
     if T == 1:
@@ -191,15 +191,11 @@ def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: 
     system = (w * (k @ k.mT) * fade).tril(-1) + torch.eye(L, dtype=q.dtype, device=q.device)
     solved = torch.linalg.solve_triangular(system, torch.cat([w * v, w * a * k], -1), upper=False, unitriangular=True)
     own, seen = solved.chunk(2, -1)  # a chunk writes own - seen S
-    kept = (k * (c[..., -1:] - c).exp()[..., None]).mT  # [B, H, n, D, L]
-    starts, writes = [], []
-    # unbind, not [:, :, i]: the gradient of each index would be a tensor as long as the sequence.
-    for own_i, seen_i, kept_i, left_i in zip(*(x.unbind(2) for x in (own, seen, kept, a[..., -1:, :]))):
-        starts.append(S)
-        writes.append(own_i - seen_i @ S)
-        S = S * left_i + kept_i @ writes[-1]
-    o = ((q @ k.mT) * fade) @ torch.stack(writes, 2) + a * (q @ torch.stack(starts, 2))
-    return o.view(B, H, n * L, D)[:, :, :T], S
+    kept = k * (c[..., -1:] - c).exp()[..., None]
+    parts = (x.flatten(0, 1).transpose(0, 1).contiguous() for x in (own, seen, kept, a[..., -1:, :]))  # [n, B H, ...]
+    S, writes = (x.transpose(0, 1).unflatten(0, (B, H)) for x in Recall.apply(*parts, S.flatten(0, 1)))
+    o = ((q @ k.mT) * fade) @ writes + a * (q @ S[:, :, :-1])
+    return o.view(B, H, n * L, D)[:, :, :T], S[:, :, -1].clone()  # a view would keep those of all chunks alive
 
 
 def delay(s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
