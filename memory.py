@@ -20,21 +20,21 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def block_bytes(config: FlowConfig, layer: int, seq_len: int, norm: int = 4) -> int:
+def block_bytes(config: FlowConfig, layer: int, seq_len: int, qk_norm: int = 4) -> int:
     """Bytes that autograd keeps per token of one block under bf16 autocast, with a GPU's fused attention.
 
-    `norm` is what an RMSNorm keeps per element: 4, its fp32 input, where it is one kernel; 8, the result too, on a CPU.
+    `qk_norm` is what QK-norm keeps per element: 4, its input turned to fp32; 2, the input itself, on a CPU.
     """
     C, H, K, F = config.d_model, config.n_head, config.n_kv_head, config.d_ff
     q, kv = H * config.head_dim, K * config.head_dim
-    norms = 2 * (norm + 2) * C + norm * (q + kv) + 4 * (2 + H + K)  # with their bf16 results and rms; QK-norm's results are rotated first
+    norms = 2 * (4 + 2) * C + qk_norm * (q + kv) + 4 * (2 + H + K)  # with their bf16 results and rms; QK-norm's results are rotated first
     attention = 2 * (q + 2 * kv) + 2 * q + 2 * q + 4 * H  # q, k, v, the kernel's result, the same in o_proj's order, logsumexp
     if not config.is_global(layer) and seq_len > 2 * config.window:
         attention += 2 * 2 * kv  # in blocks of one window every key and value is there twice
     return norms + attention + 2 * 4 * F  # gate, silu(gate), up and their product
 
 
-def training_memory(config: FlowConfig, batch_size: int, seq_len: int, checkpointing: bool, norm: int = 4) -> dict[str, float]:
+def training_memory(config: FlowConfig, batch_size: int, seq_len: int, checkpointing: bool, qk_norm: int = 4) -> dict[str, float]:
     """Bytes on one device, by what they hold (the keys of HEADINGS). Of several ranks each has its share of "muon", and all else whole.
 
     "activations" is what is kept between forward and backward. "peak": the gradients grow while the activations go.
@@ -43,8 +43,8 @@ def training_memory(config: FlowConfig, batch_size: int, seq_len: int, checkpoin
     C, V, N, tokens = config.d_model, config.vocab_size, config.num_params(), batch_size * seq_len
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     matrices = config.n_layer * C * (2 * q + 2 * kv + 3 * config.d_ff)
-    blocks = [tokens * block_bytes(config, i, seq_len, norm) for i in range(config.n_layer)]
-    head = tokens * (norm + 2) * C + 2 * V * C  # the last norm, and the gradients that the loss takes at once
+    blocks = [tokens * block_bytes(config, i, seq_len, qk_norm) for i in range(config.n_layer)]
+    head = tokens * (4 + 2) * C + 2 * V * C  # the last norm, and the gradients that the loss takes at once
     loss = 4 * V * C + 12 * min(2**23, tokens * V)  # while it is computed: the head's gradient in fp32, a chunk of logits
     parts = {
         "weights": 4 * N,

@@ -144,7 +144,7 @@ def test_memory_estimate(monkeypatch, window):
     network, idx = Flow(config).train(), torch.randint(config.vocab_size, (4, 128))
     for checkpointing in (False, True):
         network.checkpointing = checkpointing
-        estimate = memory.training_memory(config, *idx.shape, checkpointing, norm=8)
+        estimate = memory.training_memory(config, *idx.shape, checkpointing, qk_norm=2)
         copies = 0 if checkpointing else estimate["bf16"] - 2 * config.vocab_size * config.d_model  # autograd keeps none of the head's
         kept = memory.kept_bytes(network, idx, idx, torch.autocast("cpu", torch.bfloat16))
         assert estimate["activations"] + copies == pytest.approx(kept, rel=0.04)

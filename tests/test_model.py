@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from model import PRESETS, Flow, FlowConfig, LinearCrossEntropy, band, causal_attention, generate, rope_table, rotate, sample_token
+from model import PRESETS, Flow, FlowConfig, LinearCrossEntropy, RMSNorm, band, causal_attention, generate, rope_table, rotate, sample_token
 
 TINY = FlowConfig(vocab_size=97, n_layer=3, n_head=4, n_kv_head=2, d_model=32, head_dim=16, d_ff=48, window=8, global_every=3)
 
@@ -31,6 +32,30 @@ def tokens(B, T, config=TINY, seed=1):
 
 
 # ---- parts ----
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 2, 16), (1, 1), (7, 40_000), (0, 8)])  # 40,000: three rows are one portion
+def test_norm_by_hand_equals_torchs(shape):
+    torch.manual_seed(0)
+    x, grad = torch.randn(shape, dtype=torch.double, requires_grad=True), torch.randn(shape, dtype=torch.double)
+    norm = RMSNorm(shape[-1], 1e-3).double()
+    nn.init.normal_(norm.weight)
+    results = []
+    for y in (norm(x), F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)):
+        results.append((y, *torch.autograd.grad(y, (x, norm.weight), grad)))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_norm_computes_in_fp32_and_gives_what_the_products_take():
+    torch.manual_seed(0)
+    norm = RMSNorm(64, 1e-6)
+    for x in (torch.randn(9, 64), torch.randn(9, 64).bfloat16(), torch.randn(9, 64).T.contiguous().T):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = norm(x.requires_grad_())
+        expected = F.rms_norm(x.float(), (64,), norm.weight, norm.eps)
+        torch.testing.assert_close(y, expected.bfloat16(), rtol=2**-7, atol=0)
+        y.sum().backward()
+        assert x.grad.dtype == x.dtype and norm.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
