@@ -100,7 +100,7 @@ PRESETS: dict[str, FlowConfig] = {
 
 
 class RMSNormByHand(torch.autograd.Function):
-    """x / rms(x) * weight for a CPU, where torch's own is eight passes over memory forward and some fifteen backward.
+    """x / rms(x) * weight for training on a CPU, where torch's own is eight passes over memory forward and some fifteen backward.
 
     Rows are taken in portions that stay in the cache, so that what lies between input and result is never written to memory.
     """
@@ -146,7 +146,7 @@ class RMSNorm(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         work = torch.promote_types(x.dtype, torch.float32)
-        if device == "cpu" and not torch.compiler.is_compiling():
+        if device == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return RMSNormByHand.apply(x, self.weight.to(work), self.eps, dtype)
         return F.rms_norm(x.to(work), self.weight.shape, self.weight.to(work), self.eps).to(dtype)
 
