@@ -107,7 +107,7 @@ def test_neuron_is_snntorchs_recurrence(T, gated, signed, normed, square):
 
 
 def test_scan_runs_forwards_and_backwards():
-    for T in LENGTHS:
+    for T in [*LENGTHS, CHUNK**2 + 3 * CHUNK + 5]:  # with more chunks than a chunk has tokens, the ends of chunks are in chunks too
         torch.manual_seed(T)
         x, beta, carry = (torch.randn(shape, dtype=torch.double) for shape in ((2, T, 5), (2, T, 5), (2, 5)))
         beta = beta.sigmoid()
