@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import by_hand
 from decode import Decoder
 from huggingface import config_from_hf, hf_name, read_weights
 
@@ -99,38 +100,6 @@ PRESETS: dict[str, FlowConfig] = {
 # ---- building blocks ----
 
 
-class RMSNormByHand(torch.autograd.Function):
-    """x / rms(x) * weight for training on a CPU, where torch's own is eight passes over memory forward and some fifteen backward.
-
-    Rows are taken in portions that stay in the cache, so that what lies between input and result is never written to memory.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """x [..., C], weight [C] in the precision to compute in -> [..., C] of `dtype`"""
-        C = x.size(-1)
-        out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        ctx.rows, scales = max(1, 2**17 // C), []
-        for xc, yc in zip(x.reshape(-1, C).split(ctx.rows), out.view(-1, C).split(ctx.rows)):
-            xc = xc.to(weight.dtype)
-            scales.append(torch.linalg.vector_norm(xc, dim=-1, keepdim=True).square_().div_(C).add_(eps).rsqrt_())
-            yc.copy_((xc * scales[-1]).mul_(weight))
-        ctx.save_for_backward(x, weight, torch.cat(scales))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight, scales = ctx.saved_tensors
-        C, grad_x, grad_w = x.size(-1), torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.zeros_like(weight)
-        parts = (z.reshape(-1, z.size(-1)).split(ctx.rows) for z in (x, grad, scales, grad_x))
-        for xc, gc, scale, out in zip(*parts):
-            normed = xc * scale
-            aligned = gc * normed
-            grad_w += aligned.sum(0)
-            out.copy_((gc * weight).addcmul_(normed, (aligned @ weight)[:, None], value=-1 / C).mul_(scale))
-        return grad_x, grad_w, None, None
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (arXiv:1910.07467), computed in fp32.
 
@@ -142,13 +111,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x [..., C] -> [..., C], then rotated by `rope` where it is given: x [B, T, H, D]"""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         work = torch.promote_types(x.dtype, torch.float32)
-        if device == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return RMSNormByHand.apply(x, self.weight.to(work), self.eps, dtype)
-        return F.rms_norm(x.to(work), self.weight.shape, self.weight.to(work), self.eps).to(dtype)
+        if by_hand.worthwhile(x):
+            return by_hand.RMSNormByHand.apply(x, self.weight.to(work), self.eps, dtype, rope)
+        x = F.rms_norm(x.to(work), self.weight.shape, self.weight.to(work), self.eps).to(dtype)
+        return x if rope is None else rotate(x, *rope)
 
 
 def rope_table(start: int, stop: int, head_dim: int, theta: float, device) -> tuple[Tensor, Tensor]:
@@ -271,7 +242,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, H or K, D]
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        q, k = self.q_norm(q, rope), self.k_norm(k, rope)
+        if cache is None and by_hand.worthwhile(x):
+            return self.o_proj(by_hand.AttentionByHand.apply(q, k, v, self.window).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
         y = causal_attention(q, k, v, self.window) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
+import by_hand
 import memory
 import model as flow
 import peers
@@ -139,7 +140,11 @@ def test_memory_estimate(monkeypatch, window):
         (B, H, T, D), K = q.shape, k.size(1)
         return F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, mask.repeat(H // K, 1)).reshape(B, H, T, D)
 
+    def attention(q, k, v, window):
+        return flow.causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window).transpose(1, 2)
+
     monkeypatch.setattr(flow, "attend", fused)
+    monkeypatch.setattr(by_hand.AttentionByHand, "apply", attention)
     config = FlowConfig(n_layer=3, d_model=192, n_head=6, d_ff=512, global_every=3, window=window)
     network, idx = Flow(config).train(), torch.randint(config.vocab_size, (4, 128))
     for checkpointing in (False, True):
