@@ -60,7 +60,7 @@ class RMSNormByHand(Function):
     @staticmethod
     def rows(rope, *tensors: Tensor):
         """Portions of the tensors, [rows, C] or [tokens, H, D] with cos and sin of each token."""
-        parts = [x.view(-1, *x.shape[2 if rope else -1:]) for x in tensors]
+        parts = [x.reshape(-1, *x.shape[2 if rope else -1 :]) for x in tensors]
         first = 0
         for part in portions(*parts):
             place = torch.arange(first, first + len(part[0]))
@@ -71,7 +71,7 @@ class RMSNormByHand(Function):
     def backward(ctx, grad: Tensor):
         x, weight, scales = ctx.saved_tensors
         grad_x, grad_w = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(weight)
-        for (xc, gc, scale, out), turns in RMSNormByHand.rows(ctx.rope, x, grad.contiguous(), scales, grad_x):
+        for (xc, gc, scale, out), turns in RMSNormByHand.rows(ctx.rope, x, grad, scales, grad_x):
             gc = gc.to(weight.dtype)
             gc = turn(gc, turns[0], -turns[1]) if turns else gc
             normed = xc * scale
@@ -98,7 +98,7 @@ class AttentionByHand(Function):
             scores.unflatten(1, (-1, j - i)).add_(mask)
             p = scores.softmax(-1)
             probabilities.append(p)
-            from_heads(p @ vc, out[rows, i:j], k.size(2))
+            from_heads(p @ vc, out[rows, i:j])
         ctx.save_for_backward(q, k, v, *probabilities)
         return out
 
@@ -130,12 +130,12 @@ class AttentionByHand(Function):
             if i == 0:  # keys and values are seen by several chunks: their gradients add up
                 sum_k, sum_v = (torch.zeros(kc.size(0), q.size(1), q.size(-1), dtype=wide) for _ in range(2))
             ds = torch.ops.aten._softmax_backward_data(gc @ vc.mT, p, -1, p.dtype)
-            from_heads((ds @ kc).mul_(scale), grad_q[rows, i:j], K)
+            from_heads((ds @ kc).mul_(scale), grad_q[rows, i:j])
             sum_k[:, lo:j] += ds.mT @ qc
             sum_v[:, lo:j] += p.mT @ gc
             if j == q.size(1):
-                from_heads(sum_k.mul_(scale), grad_k[rows], K)
-                from_heads(sum_v, grad_v[rows], K)
+                from_heads(sum_k.mul_(scale), grad_k[rows])
+                from_heads(sum_v, grad_v[rows])
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -144,6 +144,6 @@ def by_head(x: Tensor, K: int | None = None) -> Tensor:
     return x.transpose(1, 2).reshape(x.size(0) * (K or x.size(2)), -1, x.size(-1))
 
 
-def from_heads(x: Tensor, out: Tensor, K: int):
+def from_heads(x: Tensor, out: Tensor):
     """Undo by_head: [B * K, H / K * T, D] into `out` [B, T, H, D]."""
     out.copy_(x.view(out.size(0), out.size(2), out.size(1), -1).transpose(1, 2))

@@ -115,6 +115,12 @@ def kept_bytes(call) -> int:
     return sum(storages.values())
 
 
+def test_norm_of_a_tensor_that_is_not_contiguous():
+    norm = RMSNorm(8, 1e-6)
+    x = torch.randn(8, 5).T
+    assert torch.equal(norm(x), norm(x.contiguous()))
+
+
 def test_it_keeps_less_and_all_of_it_where_checkpointing_sees_it():
     torch.manual_seed(0)
     q, k, v = heads(2, 256, H=4, K=2, D=16, dtype=torch.float32)
