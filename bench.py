@@ -49,7 +49,7 @@ TINY = FlowConfig(n_layer=2, d_model=64, d_ff=96, head_dim=16, window=16, global
 TINY_PULSE = snn_model.PulseConfig(n_layer=3, d_model=32, d_hidden=32, d_ff=64)
 NANO_STEPS, NANOGPT_STEPS = 72, 2000  # of flow_to_bpb: enough to end below nanoGPT's recipe, and what that recipe plans
 MUON_STEPS, ADAMW_STEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 300  # of muon_training: shares of AdamW's, and AdamW's
-MUON_LRS, ADAMW_LRS = (0.004, 0.008, 0.016, 0.03), (0.0005, 0.001, 0.002, 0.004, 0.008)
+MUON_LRS, ADAMW_LRS = (0.004, 0.008, 0.016, 0.03), (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 
 
 # ---- a training step ----
