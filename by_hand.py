@@ -84,64 +84,50 @@ class RMSNormByHand(Function):
 class AttentionByHand(Function):
     """Causal attention of whole sequences.  q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]
 
-    A few sequences and `chunk` queries at a time: their scores stay in the cache, and so does the change between the order of the
-    projections, token by token, and that of the products, head by head.
+    `pieces` are model.py's: (first query, last query, first key, mask) of chunks of queries. A few sequences of one piece at a time: their
+    scores stay in the cache, and so does the change between the order of the projections, token by token, and that of the products,
+    head by head.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk: int = 128) -> Tensor:
-        ctx.window, ctx.chunk = window, chunk
-        out, probabilities = torch.empty(q.shape, dtype=q.dtype), []
-        for rows, i, j, lo, mask in AttentionByHand.pieces(q, window, chunk):
-            qc, kc, vc = by_head(q[rows, i:j], k.size(2)), by_head(k[rows, lo:j]), by_head(v[rows, lo:j])
-            scores = (qc * q.size(-1) ** -0.5) @ kc.mT
-            scores.unflatten(1, (-1, j - i)).add_(mask)
-            p = scores.softmax(-1)
-            probabilities.append(p)
-            from_heads(p @ vc, out[rows, i:j])
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pieces: list[tuple[int, int, int, Tensor]]) -> Tensor:
+        K, out, probabilities = k.size(2), torch.empty(q.shape, dtype=q.dtype), []
+        biases = [torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf) for *_, mask in pieces]
+        ctx.bounds = [bounds for *bounds, _ in pieces]
+        ctx.rows = max(1, 2 * PORTION // (q.size(2) * max(bias.numel() for bias in biases)))
+        for qr, kr, vr, outr in zip(*(x.split(ctx.rows) for x in (q, k, v, out))):
+            for (i, j, lo), bias in zip(ctx.bounds, biases):
+                scores = (by_head(qr[:, i:j], K) * q.size(-1) ** -0.5) @ by_head(kr[:, lo:j], K).mT
+                scores.unflatten(1, (-1, j - i)).add_(bias)
+                p = scores.softmax(-1)
+                probabilities.append(p)
+                from_heads(p @ by_head(vr[:, lo:j], K), outr[:, i:j])
         ctx.save_for_backward(q, k, v, *probabilities)
         return out
 
     @staticmethod
-    def pieces(q: Tensor, window: int | None, chunk: int):
-        """(rows of the batch, first and last query, first key, mask [T, S] to add) of every piece, all chunks of some rows in turn."""
-        B, T, H, _ = q.shape
-        masks, bounds, pos = [], [], torch.arange(T)
-        for i in range(0, T, chunk):
-            j, lo = min(i + chunk, T), 0 if window is None else max(0, i - window + 1) // 32 * 32
-            distance = pos[i:j, None] - pos[lo:j]
-            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-            masks.append(torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf))
-            bounds.append((i, j, lo))
-        n = max(1, 2 * PORTION // (H * max(mask.numel() for mask in masks)))
-        for first in range(0, B, n):
-            for (i, j, lo), mask in zip(bounds, masks):
-                yield slice(first, first + n), i, j, lo, mask
-
-    @staticmethod
     def backward(ctx, grad: Tensor):
         q, k, v, *probabilities = ctx.saved_tensors
-        K, scale = k.size(2), q.size(-1) ** -0.5
-        grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        K, scale, kept = k.size(2), q.size(-1) ** -0.5, iter(probabilities)
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         wide = torch.promote_types(q.dtype, torch.float32)
-        for (rows, i, j, lo, _), p in zip(AttentionByHand.pieces(q, ctx.window, ctx.chunk), probabilities):
-            qc, kc, vc = by_head(q[rows, i:j], K), by_head(k[rows, lo:j]), by_head(v[rows, lo:j])
-            gc = by_head(grad[rows, i:j], K)
-            if i == 0:  # keys and values are seen by several chunks: their gradients add up
-                sum_k, sum_v = (torch.zeros(kc.size(0), q.size(1), q.size(-1), dtype=wide) for _ in range(2))
-            ds = torch.ops.aten._softmax_backward_data(gc @ vc.mT, p, -1, p.dtype)
-            from_heads((ds @ kc).mul_(scale), grad_q[rows, i:j])
-            sum_k[:, lo:j] += ds.mT @ qc
-            sum_v[:, lo:j] += p.mT @ gc
-            if j == q.size(1):
-                from_heads(sum_k.mul_(scale), grad_k[rows])
-                from_heads(sum_v, grad_v[rows])
-        return grad_q, grad_k, grad_v, None, None
+        for qr, kr, vr, gr, grad_q, grad_k, grad_v in zip(*(x.split(ctx.rows) for x in (q, k, v, grad, *grads))):
+            # Keys and values are seen by several chunks: their gradients add up.
+            sum_k, sum_v = (torch.zeros(len(qr) * K, q.size(1), q.size(-1), dtype=wide) for _ in range(2))
+            for i, j, lo in ctx.bounds:
+                p, g = next(kept), by_head(gr[:, i:j], K)
+                ds = torch.ops.aten._softmax_backward_data(g @ by_head(vr[:, lo:j], K).mT, p, -1, p.dtype)
+                from_heads((ds @ by_head(kr[:, lo:j], K)).mul_(scale), grad_q[:, i:j])
+                sum_k[:, lo:j] += ds.mT @ by_head(qr[:, i:j], K)
+                sum_v[:, lo:j] += p.mT @ g
+            from_heads(sum_k.mul_(scale), grad_k)
+            from_heads(sum_v, grad_v)
+        return *grads, None
 
 
-def by_head(x: Tensor, K: int | None = None) -> Tensor:
-    """[B, T, H, D] -> [B * K, H / K * T, D]: the query heads that share a key head lie one after the other (K = H by default)."""
-    return x.transpose(1, 2).reshape(x.size(0) * (K or x.size(2)), -1, x.size(-1))
+def by_head(x: Tensor, K: int) -> Tensor:
+    """[B, T, H, D] -> [B * K, H / K * T, D]: the query heads that share a key head lie one after the other."""
+    return x.transpose(1, 2).reshape(x.size(0) * K, -1, x.size(-1))
 
 
 def from_heads(x: Tensor, out: Tensor):

@@ -99,6 +99,8 @@ PRESETS: dict[str, FlowConfig] = {
 
 # ---- building blocks ----
 
+CHUNK = 128  # queries whose scores a CPU computes at once
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (arXiv:1910.07467), computed in fp32.
@@ -158,7 +160,19 @@ def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk: int = 128) -> Tensor:
+def chunks_of_queries(T: int, window: int | None, size: int, device) -> list[tuple[int, int, int, Tensor]]:
+    """[(i, j, lo, mask [j - i, j - lo])]: queries i to j look at keys lo to j, so that neither the future nor a lost past is computed.
+
+    lo is a multiple of 32, as the matrix units of CPUs like it.
+    """
+    pos, chunks = torch.arange(T, device=device), []
+    for i in range(0, T, size):
+        j, lo = min(i + size, T), 0 if window is None else max(0, i - window + 1) // 32 * 32
+        chunks.append((i, j, lo, band(pos[i:j], pos[lo:j], window)))
+    return chunks
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk: int = CHUNK) -> Tensor:
     """Attention of a whole sequence to itself, in time T * window in a sliding layer.  q [B, H, T, D], k and v [B, K, T, D]"""
     B, H, T, D = q.shape
     if window is not None and T > 2 * window:
@@ -178,10 +192,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk:
         if window is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         chunk = T
-    out, pos = [], torch.arange(T, device=q.device)
-    for i in range(0, T, chunk):  # queries i to j look at keys lo to j: neither the future nor a lost past is computed
-        j, lo = min(i + chunk, T), 0 if window is None else max(0, i - window + 1)
-        out.append(attend(q[:, :, i:j], k[:, :, lo:j], v[:, :, lo:j], band(pos[i:j], pos[lo:j], window)))
+    chunks = chunks_of_queries(T, window, chunk, q.device)
+    out = [attend(q[:, :, i:j], k[:, :, lo:j], v[:, :, lo:j], mask) for i, j, lo, mask in chunks]
     return torch.cat(out, dim=2)
 
 
@@ -244,7 +256,8 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, H or K, D]
         q, k = self.q_norm(q, rope), self.k_norm(k, rope)
         if cache is None and by_hand.worthwhile(x):
-            return self.o_proj(by_hand.AttentionByHand.apply(q, k, v, self.window).flatten(2))
+            chunks = chunks_of_queries(T, self.window, CHUNK, x.device)
+            return self.o_proj(by_hand.AttentionByHand.apply(q, k, v, chunks).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
         y = causal_attention(q, k, v, self.window) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))

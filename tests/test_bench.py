@@ -140,7 +140,7 @@ def test_memory_estimate(monkeypatch, window):
         (B, H, T, D), K = q.shape, k.size(1)
         return F.scaled_dot_product_attention(q.reshape(B, K, H // K * T, D), k, v, mask.repeat(H // K, 1)).reshape(B, H, T, D)
 
-    def attention(q, k, v, window):
+    def attention(q, k, v, chunks):
         return flow.causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window).transpose(1, 2)
 
     monkeypatch.setattr(flow, "attend", fused)
