@@ -95,7 +95,7 @@ def flow_training(bench: Bench):
         other = peers.twin(model)
         x, y = tokens(config, budget // seq_len, seq_len)
         jobs = {
-            "Flow": training_step(model, build_optimizers(model, 1e-4), x, y, bench.device),
+            "Flow": training_step(model, build_optimizers(model, 1e-4, dtype=bench.device.dtype), x, y, bench.device),
             "transformers, AdamW": training_step(other, [adamw(other)], x, y, bench.device),
         }
         times = bench.alternate(jobs | {"GEMM": lambda: [a @ a for _ in range(8)]})
@@ -145,7 +145,7 @@ def muon_training(bench: Bench):
     def run(muon: bool, lr: float, steps: int) -> tuple[float, float]:
         torch.manual_seed(0)
         model, seconds = Flow(config), 0.0
-        optimizers = build_optimizers(model, lr) if muon else [adamw(model)]
+        optimizers = build_optimizers(model, lr, dtype=bench.device.dtype) if muon else [adamw(model)]
         for step in range(steps):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = train.lr_at(step, steps, lr)
@@ -174,7 +174,7 @@ def optimizer_step(bench: Bench):
         for p in matrices:
             p.grad = torch.randn_like(p)
         theirs = torch.optim.Muon(matrices, lr=1e-4, adjust_lr_fn="match_rms_adamw")
-        jobs = {"Muon": Muon(matrices, lr=1e-4).step, "torch.optim.Muon": theirs.step}
+        jobs = {"Muon": Muon(matrices, lr=1e-4, dtype=bench.device.dtype).step, "torch.optim.Muon": theirs.step}
         bench.rates(f"optimizer step, {name}, {len(matrices)} matrices", jobs, 1, "steps/s", ("at least", 2))
 
 
@@ -184,7 +184,7 @@ def pulse_training(bench: Bench):
     for seq_len in (8,) if bench.quick else (256, 1024):
         model = Pulse(config)
         x, y = tokens(config, 2048 // seq_len if not bench.quick else 2, seq_len)
-        optimizers = build_optimizers(model, 1e-4)
+        optimizers = build_optimizers(model, 1e-4, dtype=bench.device.dtype)
         jobs = {"Pulse": training_step(model, optimizers, x, y, bench.device)}
         jobs["stepped with snntorch.Leaky"] = training_step(peers.Stepped(model), optimizers, x, y, bench.device)
         bench.rates(f"training Pulse nano, {x.size(0)} x {seq_len:,} tokens", jobs, x.numel(), "tokens/s", ("at least", 20))
@@ -196,7 +196,8 @@ def pulse_beside_flow(bench: Bench):
         models = Pulse(TINY_PULSE if bench.quick else snn_model.PRESETS["nano"]), Flow(TINY if bench.quick else PRESETS["nano"])
         x, y = tokens(models[0].config, 16 // seq_len if bench.quick else max(1, 2048 // seq_len), seq_len)
         names = (type(model).__name__ for model in models)
-        jobs = {name: training_step(m, build_optimizers(m, 1e-4), x, y, bench.device) for name, m in zip(names, models)}
+        optimizers = (build_optimizers(model, 1e-4, dtype=bench.device.dtype) for model in models)
+        jobs = {name: training_step(*pair, x, y, bench.device) for name, *pair in zip(names, models, optimizers)}
         bench.rates(f"training nano, {x.size(0)} x {seq_len:,} tokens", jobs, x.numel(), "tokens/s", goal and ("at least", goal))
 
 
@@ -249,7 +250,7 @@ def decoding_batch(bench: Bench):
 def context_jobs(bench: Bench, model: torch.nn.Module, lengths: tuple) -> tuple[dict, dict, dict]:
     """For each context length: a training step over as many tokens as the longest has, 32 tokens decoded behind that context, and
     the bytes of a state for it."""
-    training, decode, sizes, optimizers = {}, {}, {}, build_optimizers(model, 1e-4)
+    training, decode, sizes, optimizers = {}, {}, {}, build_optimizers(model, 1e-4, dtype=bench.device.dtype)
     for T in lengths:
         training[T] = training_step(model, optimizers, *tokens(model.config, lengths[-1] // T, T), bench.device)
         state = model.init_state(1, T + 32 * (bench.repeats + 1))
@@ -382,7 +383,7 @@ def gpu_training(bench: Bench):
     for name, batch_size in {"small": 32, "base": 16, "1b": 4}.items():
         model = Flow(PRESETS[name]).to(device.torch)
         x, y = tokens(model.config, batch_size, 2048, device.torch)
-        optimizers, flops = build_optimizers(model, 1e-4), model.config.flops_per_token(2048) * x.numel()
+        optimizers, flops = build_optimizers(model, 1e-4, dtype=device.dtype), model.config.flops_per_token(2048) * x.numel()
         jobs = {"compiled": training_step(torch.compile(model, dynamic=False), optimizers, x, y, device)}
         jobs["not compiled"] = training_step(model, optimizers, x, y, device)
         seconds = bench.rates(f"{name}, {batch_size} x 2,048 tokens", jobs, x.numel(), "tokens/s")

@@ -126,10 +126,10 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, targets: Tensor, w
     return (1 - weight) * hard + weight * temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
-def make_optimizers(kind: str, model, lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(kind: str, model, lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """The pre-training optimizers, or AdamW for everything."""
     if kind == "muon":
-        return build_optimizers(model, lr, WEIGHT_DECAY)
+        return build_optimizers(model, lr, WEIGHT_DECAY, dtype)
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
     return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
@@ -184,7 +184,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
         last.unlink(missing_ok=True)
     device.barrier()
     torch.manual_seed(args.seed)
-    optimizers = make_optimizers(args.optimizer, model, peak_lr)
+    optimizers = make_optimizers(args.optimizer, model, peak_lr, device.dtype)
     step, tokens, seconds = 0, 0, 0.0
     if last.exists():
         checkpoint = load_checkpoint(last)

@@ -26,16 +26,17 @@ NS_COEFFICIENTS = (
 BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**24, "mps": 2**24}
 
 
-def orthogonalise(G: Tensor) -> Tensor:
+def orthogonalise(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The orthogonal factor U Vᵀ of each matrix of G = U S Vᵀ, approximately: singular values between 0.65 and 1.13.
 
-    G [..., R, C] of any float type -> [..., R, C] in bf16 (the iteration is stable in it). A zero matrix stays zero.
+    G [..., R, C] of any float type -> [..., R, C] of `dtype`, in which the products are computed. The iteration is stable in bf16;
+    fp32 is for hardware that has no bf16 products and only imitates them. A zero matrix stays zero.
     """
     X = G.reshape(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT  # X Xᵀ is then the smaller of the two Gram matrices
-    X = (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=1e-30)).bfloat16()
+    X = (X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=1e-30)).to(dtype)
     for step, (a, b, c) in enumerate(NS_COEFFICIENTS):
         A = torch.bmm(X, X.mT)  # not @, which takes twice as long for one large matrix
         if step == 0:
@@ -63,15 +64,16 @@ class Muon(torch.optim.Optimizer):
     are gathered: work and memory divide by the number of ranks, and the update is the one a single process would make.
 
     `state_dict` and `load_state_dict` must be called on all ranks; the state they exchange is whole and does not depend on
-    the number of ranks. Raises ValueError for a parameter that is not a matrix.
+    the number of ranks. `dtype` is that of orthogonalise(). Raises ValueError for a parameter that is not a matrix.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1, dtype: torch.dtype = torch.bfloat16):
         params = list(params)
         for p in params:
             if p.ndim != 2:
                 raise ValueError(f"Muon takes matrices, not a parameter of shape {tuple(p.shape)}: give it to AdamW")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         shapes: dict[torch.Size, list[Tensor]] = {}
@@ -91,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         for matrices, each in self.batches:
             mine = matrices[self.rank * each : (self.rank + 1) * each]
             shape = matrices[0].shape
-            updates = torch.zeros(each, *shape, dtype=torch.bfloat16, device=matrices[0].device)
+            updates = torch.zeros(each, *shape, dtype=self.dtype, device=matrices[0].device)
             if mine:
                 grads = [p.grad for p in mine]
                 for p in mine:
@@ -100,7 +102,7 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self.state[p]["momentum"] for p in mine]
                 torch._foreach_lerp_(buffers, grads, 1 - momentum)
                 nesterov = torch._foreach_lerp(grads, buffers, momentum)
-                updates[: len(mine)] = orthogonalise(torch.stack(nesterov))
+                updates[: len(mine)] = orthogonalise(torch.stack(nesterov), self.dtype)
             if self.ranks > 1:
                 gathered = updates.new_empty(self.ranks * each, *shape)
                 dist.all_gather_single(gathered, updates)
@@ -131,8 +133,10 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum"] = whole[p].to(p.device, p.dtype, copy=True)
 
 
-def build_optimizers(model: torch.nn.Module, lr: float, weight_decay: float = 0.1) -> list[torch.optim.Optimizer]:
-    """[Muon, AdamW] for a Flow or a Pulse: `model.muon_params()` to Muon, everything else to AdamW.
+def build_optimizers(
+    model: torch.nn.Module, lr: float, weight_decay: float = 0.1, dtype: torch.dtype = torch.bfloat16
+) -> list[torch.optim.Optimizer]:
+    """[Muon, AdamW] for a Flow or a Pulse: `model.muon_params()` to Muon, which computes in `dtype`, everything else to AdamW.
 
     Only the embedding and the head among AdamW's parameters decay; norms and other vectors have no scale to keep small.
     """
@@ -144,6 +148,6 @@ def build_optimizers(model: torch.nn.Module, lr: float, weight_decay: float = 0.
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [
-        Muon(matrices, lr=lr, weight_decay=weight_decay),
+        Muon(matrices, lr=lr, weight_decay=weight_decay, dtype=dtype),
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=True),
     ]

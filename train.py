@@ -339,7 +339,7 @@ def train(args, device: Device, say):
         model.checkpointing = args.checkpointing
         if args.model == "pulse":
             model.rate_penalty = args.rate_penalty / grad_accum  # it acts in every micro-step
-        optimizers = build_optimizers(model, peak_lr, args.weight_decay)
+        optimizers = build_optimizers(model, peak_lr, args.weight_decay, device.dtype)
         step, tokens, seconds, wall, best = 0, 0, 0.0, 0.0, math.inf
         origin, same_phase = previous(args.out, phase)
         if origin:

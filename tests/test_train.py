@@ -14,8 +14,12 @@ import pytest
 import torch
 from conftest import ROOT
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import device
 import prepare
+import train
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from prepare import InputError
 from sample import prompt_ids, stream
@@ -273,6 +277,31 @@ def test_a_phase_keeps_the_weight_decay_it_is_given(finished, data, tmp_path):
     assert call(*command).returncode == 0
     _, adamw = load_checkpoint(tmp_path / "phase2.pt")["optimizer"]
     assert [group["weight_decay"] for group in adamw["param_groups"]] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["flow", "pulse"])
+def test_without_bf16_in_the_hardware_nothing_is_computed_in_it(kind, data, tmp_path, monkeypatch):
+    """A CPU that only imitates it takes a hundred times as long."""
+    dtypes = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            dtypes.update(x.dtype for x in tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    command = [f"--model={kind}", f"--data={data}", f"--out={tmp_path}", "--phase=1", "--steps=2", "--n_layer=3", "--d_model=32"]
+    command += ["--d_ff=48", "--seq_len=32", "--batch_size=4", "--eval_tokens=512", "--device=cpu"]
+    monkeypatch.setattr(device.Device, "peak_flops", lambda self: (1e12, "made up"))  # its product is a large one
+    monkeypatch.setattr(device, "has_bf16", lambda _: False)
+    with Watch():
+        train.main(command)
+    assert torch.float32 in dtypes and torch.bfloat16 not in dtypes
+    dtypes.clear()
+    monkeypatch.setattr(device, "has_bf16", lambda _: True)
+    with Watch():
+        train.main([*command, "--fresh"])
+    assert torch.bfloat16 in dtypes
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
