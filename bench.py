@@ -325,7 +325,7 @@ def preparation(bench: Bench):
     with open(sources[small], encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     batch = partial(tokenizer.encode_batch, texts, add_special_tokens=False)
-    jobs = {"encode": lambda: list(prepare.encode(texts, tokenizer)), "prepare.py": lambda: run(small), "batch": batch}
+    jobs = {"encode": lambda: list(prepare.encode(texts, tokenizer.to_str())), "prepare.py": lambda: run(small), "batch": batch}
     times = bench.alternate(jobs)
     encode, whole, theirs = (small / 1e6 / seconds for seconds in medians(times))
     huge, against, goal = large / 1e6 / run(large), "tokenizers' encode_batch", ("at least", 0.9)

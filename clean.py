@@ -271,21 +271,28 @@ def chunks(documents: Iterable) -> Iterator[list]:
         yield chunk
 
 
-def start_worker():
-    """A worker leaves Ctrl-C to its parent and dies with it, even if that is killed."""
+def start_worker(setup: Callable | None = None, *arguments):
+    """A worker leaves Ctrl-C to its parent and dies with it, even if that is killed; then its own setup."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
+    if setup:
+        setup(*arguments)
 
 
-def ordered_map(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """map() over worker processes, in order, with only a few items under way; without processes for a single item."""
+def ordered_map(function: Callable, items: Iterable, workers: int, *setup) -> Iterator:
+    """map() over worker processes, in order, with only a few items under way; without processes for a single item.
+
+    setup: a function and its arguments, called first in every process that maps.
+    """
     items = iter(items)
     ahead = list(itertools.islice(items, 2))
     if workers == 1 or len(ahead) < 2:
+        if setup:
+            setup[0](*setup[1:])
         yield from map(function, itertools.chain(ahead, items))
         return
-    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=setup) as pool:
         pending = deque()
         try:
             for item in itertools.chain(ahead, items):

@@ -23,8 +23,8 @@ import re
 import shutil
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, InputError, Source, data
 __all__ = ["SPECIAL_TOKENS", "InputError", "load_meta", "read_shard", "render_chat", "shard_paths", "token_bytes",
            "tokenizer_fingerprint", "write_shard"]
 WINDOWS = {1: 256, 2: 1024, 3: 2048}  # tokens train.py reads at a time, per phase
-SEGMENT, BATCH = 1 << 14, 1 << 20  # characters encoded as one string, and handed to the tokenizer's threads at a time
+SEGMENT, BATCH = 1 << 14, 1 << 20  # characters the tokenizer learns from as one string, and a process encodes at a time
 
 # Qwen2's pre-tokenizer: contractions, words with the sign before them, single digits (so that numbers are spelled the same
 # way at every length), symbols, line ends, spaces.
@@ -124,7 +124,7 @@ def chat_ids(tokenizer: Tokenizer, messages: list[dict], open_turn: bool = False
 
 
 def segments(text: str) -> Iterator[str]:
-    """Text in parts that encode separately to the tokens of the whole; a long string would cost 200 bytes per character."""
+    """Text in parts that are split into words as the whole is; a long string would cost 200 bytes per character."""
     start = 0
     while len(text) - start > SEGMENT and (match := BOUNDARY.search(text, start + SEGMENT)):
         yield text[start : match.end()]
@@ -143,24 +143,59 @@ def sample_texts(texts: Iterable[str], n_bytes: int, vocab_size: int) -> Iterato
             yield from segments(SPECIAL.sub("\n", text))  # chat markup is not for merging
 
 
-def encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+class Encoder:
+    """Texts -> tokens, with a memory: most of a text are words that have been encoded before.
+
+    A piece runs to the next space or line start behind something visible. There WORD always ends a match, so pieces encode separately
+    to the tokens of the whole.
+    """
+
+    PIECE = re.compile(r"\s*\S+(?:(?!\n+\S)[^\S ]\s*\S*)*\n*|\s+")
+    MOST = 1 << 20  # characters of the pieces remembered, some 100,000 words and 20 MB
+
+    def __init__(self, tokenizer_json: str):
+        self.tokenizer, self.known, self.size = Tokenizer.from_str(tokenizer_json), {}, self.MOST
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """(N,) uint16 tokens of the texts, <|endoftext|> after each."""
+        if self.size >= self.MOST:
+            self.known, self.size = {None: bytes(2)}, 0  # None: the end of a text
+        pieces = [piece for text in texts for piece in (*self.PIECE.findall(text), None)]
+        new = list(set(pieces).difference(self.known))
+        for piece, encoding in zip(new, self.tokenizer.encode_batch_fast(new, add_special_tokens=False)):
+            self.known[piece] = array("H", encoding.ids).tobytes()
+            self.size += len(piece)
+        return np.frombuffer(b"".join(map(self.known.__getitem__, pieces)), np.uint16)
+
+
+encoder: Encoder | None = None  # of this process
+
+
+def start_encoder(tokenizer_json: str):
+    global encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are parallel
+    encoder = Encoder(tokenizer_json)
+
+
+def encode_batch(texts: list[str]) -> np.ndarray:
+    return encoder(texts)
+
+
+def encode(texts: Iterable[str], tokenizer_json: str) -> Iterator[np.ndarray]:
     """(N,) uint16 tokens of about BATCH characters of texts at a time, each text followed by <|endoftext|>."""
-    lists = (list(segments(text)) for text in texts)
-    parts = ((part, i == len(whole)) for whole in lists for i, part in enumerate(whole, 1))  # (text, does a document end here)
-    with ThreadPoolExecutor(1) as thread:  # one batch is encoded while the one before is turned into an array
-        running = None
-        while True:
-            batch, size = [], 0
-            while size < BATCH and (part := next(parts, None)):
-                batch.append(part)
-                size += len(part[0])
-            job = thread.submit(tokenizer.encode_batch_fast, [text for text, _ in batch], add_special_tokens=False)
-            if running:
-                previous, encodings = running[0], running[1].result()
-                yield np.concatenate([np.array(e.ids + [0] * end, np.uint16) for e, (_, end) in zip(encodings, previous)])
-            if not batch:
-                return
-            running = batch, job
+
+    def batches():
+        batch, size = [], 0
+        for text in texts:
+            batch.append(text)
+            size += len(text)
+            if size >= BATCH:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    return clean.ordered_map(encode_batch, batches(), clean.WORKERS, start_encoder, tokenizer_json)
 
 
 # ---- where the result goes ----
@@ -305,7 +340,7 @@ def make_tokenizer(spool: Spool, splits: Splits, vocab_size: int) -> Tokenizer:
 
 def write_splits(spool: Spool, splits: Splits, tokenizer_json: str, folder: Path, limit: int) -> dict:
     """Write the shards of all phases: phase -> split -> documents, bytes, tokens, shards, sha256 of the tokens."""
-    tokenizer, phases, n_bytes, start = Tokenizer.from_str(tokenizer_json), {}, 0, time.perf_counter()
+    phases, n_bytes, start = {}, 0, time.perf_counter()
     for phase in splits.parts:
         phases[str(phase)] = {}
         for split in ("train", "val"):
@@ -323,7 +358,7 @@ def write_splits(spool: Spool, splits: Splits, tokenizer_json: str, folder: Path
                 writer = ShardWriter(folder, f"phase{phase}_{split}", tokenizer_json, limit)
                 texts = (splits.text(doc, text, split) for doc, text in spool.texts(chosen))
                 with tqdm(desc=f"phase {phase} {split}", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-                    for tokens in encode(texts, tokenizer):
+                    for tokens in encode(texts, tokenizer_json):
                         writer.write(tokens)
                         bar.update(writer.total["bytes"] - bar.n)
                         bar.set_postfix_str(f"{writer.total['tokens']:,} tokens")

@@ -83,11 +83,35 @@ def test_text_in_segments_gives_the_same_tokens(tokenizer, monkeypatch):
     rng = random.Random(2)
     for segment in (1, 7, 50):
         monkeypatch.setattr(prepare, "SEGMENT", segment)
-        monkeypatch.setattr(prepare, "BATCH", 100)
-        texts = [random_text(rng).replace("<|im_end|>", "") if i % 2 else prose(rng, 50) for i in range(40)] + [""]
-        assert max(len(list(prepare.segments(text))) for text in texts) > 1
-        expected = [i for text in texts for i in [*tokenizer.encode(text).ids, 0]]
-        assert np.concatenate(list(prepare.encode(texts, tokenizer))).tolist() == expected
+        for i in range(40):
+            text = random_text(rng).replace("<|im_end|>", "") if i % 2 else prose(rng, 50)
+            segments = list(prepare.segments(text))
+            assert "".join(segments) == text and (len(segments) > 1 or i % 2)
+            assert [i for part in segments for i in tokenizer.encode(part).ids] == tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("most", [0, 50, 10**6], ids=["forgets_at_once", "forgets", "remembers"])
+def test_words_encoded_one_by_one_give_the_tokens_of_the_whole(tokenizer, monkeypatch, most):
+    monkeypatch.setattr(prepare.Encoder, "MOST", most)
+    rng, encoder, split = random.Random(3), prepare.Encoder(tokenizer.to_str()), 0
+    signs = [*"  \n\n\t\r\x1c\x85\xa0\u2028.-aé漢7²\u0301", "'s", "<|im_end|>"]
+    for i in range(2000):
+        texts = [prose(rng, 20) if i % 10 == 0 else "".join(rng.choices(signs, k=rng.randrange(20))) for _ in range(4)]
+        pieces = [encoder.PIECE.findall(text) for text in texts]
+        assert ["".join(parts) for parts in pieces] == texts
+        split += sum(map(len, pieces))
+        assert encoder(texts).tolist() == [i for text in texts for i in [*tokenizer.encode(text).ids, 0]]
+    assert split > 4 * 2000
+
+
+@pytest.mark.parametrize("batch", [100, 10**9], ids=["in_processes", "in_this_one"])
+def test_encoding_keeps_the_order_of_the_texts(tokenizer, monkeypatch, batch):
+    monkeypatch.setattr(prepare, "BATCH", batch)
+    rng = random.Random(2)
+    texts = [random_text(rng) if i % 2 else prose(rng, 50) for i in range(40)] + [""]
+    arrays = list(prepare.encode(texts, tokenizer.to_str()))
+    assert (len(arrays) > 10) == (batch == 100)
+    assert np.concatenate(arrays).tolist() == [i for text in texts for i in [*tokenizer.encode(text).ids, 0]]
 
 
 def test_chat_ids(tokenizer):

@@ -7,7 +7,7 @@ import shards
 from sources import InputError
 
 
-def test_shards_are_checked_on_reading(tmp_path):
+def test_shards_are_checked_on_reading(tmp_path, monkeypatch):
     path = tmp_path / "x.bin"
     shards.write_shard(path, np.arange(1000, dtype=np.uint16), 1024, 2**33 + 5, -7, 3)
     header, data = shards.read_shard(path, 1024, -7)
@@ -25,6 +25,7 @@ def test_shards_are_checked_on_reading(tmp_path):
             shards.read_shard(path)
     with pytest.raises(InputError, match="does not exist.*prepare.py"):
         shards.read_shard(tmp_path / "missing.bin")
+    monkeypatch.chdir(tmp_path)  # where nobody has prepared data
     with pytest.raises(InputError, match="python prepare.py SOURCE --out=nowhere"):
         shards.load_meta("nowhere")
     with pytest.raises(InputError, match="with python prepare.py$"):
