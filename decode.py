@@ -3,7 +3,7 @@
 A step of a small model is not bound by arithmetic but by its hundreds of calls of a microsecond each, that of a larger one by
 the bytes of its weights, all of which every token reads. `Decoder` is the network of model.py once more, for this case alone:
 no modules, no mask, one normalisation for all heads, with the same state and the same logits. int8=True reads a quarter of the
-bytes.
+bytes of large matrices.
 
     generate(model, prompts, 100)                       # model.py's generate makes a Decoder of a Flow by itself
     generate(Decoder(model, int8=True), prompts, 100)   # python sample.py --int8
@@ -20,23 +20,31 @@ from torch import Tensor, nn
 SMALL = 2**17  # weights: so few are read in less time than a call takes, and copying them costs nothing
 
 
-def joined(weights: list[Tensor], int8: bool, gain: Tensor | float = 1.0) -> Callable[[Tensor], Tensor]:
-    """x -> [W_1 (gain * x), W_2 (gain * x), ...] of matrices [N_i, C] that read the same input: [B, C] -> [B, sum of N_i], fp32 both.
+def joined(weights: list[Tensor], int8: bool, gain: Tensor | float = 1.0) -> Callable[..., Tensor]:
+    """(x, onto=None) -> onto + [W_1 (gain * x), W_2 (gain * x), ...] of matrices [N_i, C] that read the same input: x [B, C] and the
+    result [B, sum of N_i] in fp32.
 
-    int8 keeps the matrices in 8 bits per weight, one scale per row, and rounds x to bf16 as training does. Otherwise large ones
-    are used where they are, in their own precision.
+    int8 keeps large matrices in 8 bits per weight, one scale per row, and rounds x to bf16 as training does. Otherwise they are used
+    where they are, in their own precision.
     """
     weights, dtype = [w.detach() for w in weights], weights[0].dtype
-    if int8:
-        rows = torch.cat(weights).float() * gain
-        scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-        packed = (rows / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        return lambda x: torch._weight_int8pack_mm(x.bfloat16(), packed, scales).float()
     if dtype == torch.float32 and sum(w.numel() for w in weights) <= SMALL:
-        matrix = torch.cat(weights) * gain
-        return lambda x: F.linear(x, matrix)
+        matrix = (torch.cat(weights) * gain).mT
+        return lambda x, onto=None: torch.mm(x, matrix) if onto is None else torch.addmm(onto, x, matrix)
+    product = eight_bits(weights, gain) if int8 else in_place(weights, gain)
+    return lambda x, onto=None: product(x) if onto is None else onto + product(x)
 
+
+def eight_bits(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor], Tensor]:
+    rows = torch.cat(weights).float() * gain
+    scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+    packed = (rows / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), packed, scales).float()
+
+
+def in_place(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor], Tensor]:
     # For one fp32 vector MKL reads a large matrix at half the speed of the memory; as a batch of 16-row matrices it reads at nine tenths.
+    dtype = weights[0].dtype
     fits = dtype == torch.float32 and weights[0].device.type == "cpu" and all(len(w) % 16 == 0 and w.is_contiguous() for w in weights)
     blocks = [w.view(-1, 16, w.size(1)) for w in weights] if fits else None  # [N / 16, 16, C]
 
@@ -89,22 +97,21 @@ class Decoder:
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos]), torch.cat([-sin, sin])  # (a, b) -> (a cos - b sin, b cos + a sin)
         x = F.embedding(idx[:, 0], self.embedding).float()  # [B, C]
-        for (qkv, heads_gain, out, gate_up, down), cache_k, cache_v in zip(self.layers, state.k, state.v):
+        for (qkv, heads_gain, out, gate_up, down), cache in zip(self.layers, state.kv):
             heads = qkv(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C)).view(B, H + 2 * K, D)
             qk = heads[:, : H + K]
             turned = qk / norm(qk, dim=-1, keepdim=True).hypot_(self.eps_D) * heads_gain
             torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin, out=qk)
-            q, k, v = heads.split([H, K, K], dim=1)
-            size = cache_k.size(2)
-            cache_k[:, :, pos % size], cache_v[:, :, pos % size] = k, v
+            size = cache.size(2)
+            cache[:, :, pos % size] = heads[:, H:]
             if pos + 1 < size:
-                cache_k, cache_v = cache_k[:, :, : pos + 1], cache_v[:, :, : pos + 1]
+                cache = cache.narrow(2, 0, pos + 1)
             # The query heads of one key head are stacked, as in model.attend.
-            q = q.view(B, K, H // K, D)
-            q = q if cache_k.dtype == q.dtype else q.to(cache_k.dtype)
-            y = F.scaled_dot_product_attention(q, cache_k, cache_v, scale=1.0)
-            x = x + out(y.reshape(B, H * D))
+            q = heads[:, :H].view(B, K, H // K, D)
+            q = q if cache.dtype == q.dtype else q.to(cache.dtype)
+            y = F.scaled_dot_product_attention(q, cache[:, :K], cache[:, K:], scale=1.0)
+            x = out(y.reshape(B, H * D), x)
             gate, up = gate_up(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C)).chunk(2, -1)
-            x = x + down(F.silu(gate) * up)
+            x = down(F.silu(gate) * up, x)
         state.pos += 1
         return self.head(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C))[:, None], None

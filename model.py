@@ -206,10 +206,8 @@ class KVCache:
     def __init__(self, config: FlowConfig, batch_size: int, max_len: int, device, dtype):
         self.config, self.pos, self.batch_size, self.max_len = config, 0, batch_size, max_len
         sizes = [max_len if config.is_global(i) else min(config.window, max_len) for i in range(config.n_layer)]
-        self.k, self.v = (
-            [torch.zeros(batch_size, config.n_kv_head, size, config.head_dim, device=device, dtype=dtype) for size in sizes]
-            for _ in range(2)
-        )
+        shapes = [(batch_size, 2 * config.n_kv_head, size, config.head_dim) for size in sizes]
+        self.kv = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]  # the keys' heads, then the values'
 
     def check(self, idx: Tensor):
         """Raise ValueError when these tokens [B, T] cannot be the next ones."""
@@ -221,21 +219,19 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the T new keys and values of a layer and let their queries look back.  q [B, H, T, D], k and v [B, K, T, D]"""
-        cache_k, cache_v, pos, T = self.k[layer], self.v[layer], self.pos, k.size(2)
-        k, v = k.to(cache_k.dtype), v.to(cache_v.dtype)
-        window = None if self.config.is_global(layer) else self.config.window
-        size = cache_k.size(2)
-        new = torch.arange(pos, pos + T, device=q.device)
+        cache, pos, T = self.kv[layer], self.pos, k.size(2)
+        window, size = None if self.config.is_global(layer) else self.config.window, cache.size(2)
+        kv = torch.cat([k, v], dim=1).to(cache.dtype)
         if T == 1:  # one token: its slot, no mask; the order of the slots does not matter, positions are in the keys
-            cache_k[:, :, pos % size], cache_v[:, :, pos % size] = k[:, :, 0], v[:, :, 0]
-            n = min(pos + 1, size)
-            return attend(q, cache_k[:, :, :n], cache_v[:, :, :n], None)
+            cache[:, :, pos % size] = kv[:, :, 0]
+            return attend(q, *cache[:, :, : min(pos + 1, size)].chunk(2, dim=1), None)
+        new = torch.arange(pos, pos + T, device=q.device)
         past, kept = torch.arange(max(0, pos - size), pos, device=q.device), new[-size:]
-        keys, values = (torch.cat([c[:, :, past % size], x], dim=2) for c, x in ((cache_k, k), (cache_v, v)))
-        cache_k[:, :, kept % size], cache_v[:, :, kept % size] = k[:, :, -size:], v[:, :, -size:]
+        seen = torch.cat([cache[:, :, past % size], kv], dim=2)
+        cache[:, :, kept % size] = kv[:, :, -size:]
         if pos == 0:
-            return causal_attention(q, k, v, window)
-        return attend(q, keys, values, band(new, torch.cat([past, new]), window))
+            return causal_attention(q, *kv.chunk(2, dim=1), window)
+        return attend(q, *seen.chunk(2, dim=1), band(new, torch.cat([past, new]), window))
 
 
 class Attention(nn.Module):

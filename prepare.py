@@ -41,7 +41,7 @@ from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, InputError, Source, data
 __all__ = ["SPECIAL_TOKENS", "InputError", "load_meta", "read_shard", "render_chat", "shard_paths", "token_bytes",
            "tokenizer_fingerprint", "write_shard"]
 WINDOWS = {1: 256, 2: 1024, 3: 2048}  # tokens train.py reads at a time, per phase
-SEGMENT, BATCH = 1 << 14, 1 << 20  # characters the tokenizer learns from as one string, and a process encodes at a time
+SEGMENT, BATCH = 1 << 14, 1 << 18  # characters the tokenizer learns from as one string, and a process encodes at a time
 
 # Qwen2's pre-tokenizer: contractions, words with the sign before them, single digits (so that numbers are spelled the same
 # way at every length), symbols, line ends, spaces.

@@ -38,7 +38,8 @@ def test_half_precision_stays_as_close_as_the_model_does():
     assert 0 < ours < 1.5 * theirs
 
 
-def test_eight_bits_are_rounding_to_a_255th_of_the_largest_weight_of_a_row():
+def test_eight_bits_are_rounding_to_a_255th_of_the_largest_weight_of_a_row(monkeypatch):
+    monkeypatch.setattr(decode, "SMALL", 0)
     torch.manual_seed(0)
     weights, gain, x = [torch.randn(32, 64), torch.randn(96, 64) * 5, torch.zeros(32, 64)], torch.rand(64) + 0.5, torch.randn(3, 64)
     rows = torch.cat(weights) * gain
@@ -50,10 +51,13 @@ def test_eight_bits_are_rounding_to_a_255th_of_the_largest_weight_of_a_row():
     assert (y - F.linear(x, rows)).norm() < 0.02 * y.norm()
 
 
-def test_eight_bits_write_nearly_what_fp32_writes():
+def test_eight_bits_write_nearly_what_fp32_writes(monkeypatch):
+    monkeypatch.setattr(decode, "SMALL", 5000)  # of the matrices of a block only that of attention's output stays in fp32
     model, x = make(dataclasses.replace(TINY, d_model=64, d_ff=96), scale=2.0), tokens(2, 60)
     p, q = (step_by_step(Decoder(model, int8=i), x, 9).log_softmax(-1) for i in (False, True))
     assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 2e-3
+    monkeypatch.setattr(decode, "SMALL", 2**20)  # all of them: nothing is rounded
+    assert torch.equal(step_by_step(Decoder(model, int8=True), x, 9), step_by_step(Decoder(model), x, 9))
     assert len(list(generate(Decoder(model, int8=True), [[1, 2], [3]], 5, stop_ids=[96]))) == 6
 
 

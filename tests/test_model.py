@@ -160,7 +160,7 @@ def test_cached_chunked_and_full_evaluation_agree_far_beyond_the_window(global_e
 
 def test_sliding_layers_keep_a_rolling_cache():
     state = make().init_state(2, 1000)
-    assert [k.size(2) for k in state.k] == [8, 8, 1000]
+    assert [kv.size(2) for kv in state.kv] == [8, 8, 1000]
 
 
 def test_state_errors():
