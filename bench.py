@@ -168,6 +168,8 @@ def muon_training(bench: Bench):
 
 def optimizer_step(bench: Bench):
     """One step of Muon against torch.optim.Muon over the same matrices."""
+    if bench.device.dtype != torch.bfloat16 and not bench.quick:
+        raise InputError("torch.optim.Muon computes in bf16, which this CPU only imitates: minutes for a step")
     for name in ("small", "base"):
         model = Flow(TINY if bench.quick else PRESETS[name])
         matrices = model.muon_params()
