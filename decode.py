@@ -43,16 +43,18 @@ def eight_bits(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor]
 
 
 def in_place(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor], Tensor]:
-    # For one fp32 vector MKL reads a large matrix at half the speed of the memory; as a batch of 16-row matrices it reads at nine tenths.
+    # MKL multiplies a large fp32 matrix with one vector at half the speed of the memory, as a batch of 16-row matrices at nine tenths.
+    # A few vectors it multiplies 1.1 (16 to 64 of them) to 2.5 times (2 to 4) as fast when they stand on the right.
     dtype = weights[0].dtype
-    fits = dtype == torch.float32 and weights[0].device.type == "cpu" and all(len(w) % 16 == 0 and w.is_contiguous() for w in weights)
+    mkl = dtype == torch.float32 and weights[0].device.type == "cpu"
+    fits = mkl and all(len(w) % 16 == 0 and w.is_contiguous() for w in weights)
     blocks = [w.view(-1, 16, w.size(1)) for w in weights] if fits else None  # [N / 16, 16, C]
 
     def apart(x: Tensor) -> Tensor:
         x = (x * gain).to(dtype)
         if blocks and len(x) == 1:
             return torch.cat([torch.bmm(w, x.mT.expand(len(w), -1, 1)).view(1, -1) for w in blocks], -1)
-        return torch.cat([F.linear(x, w) for w in weights], -1).float()
+        return torch.cat([(w @ x.mT).mT if mkl else F.linear(x, w) for w in weights], -1).float()
 
     return apart
 
