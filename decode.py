@@ -31,7 +31,7 @@ def joined(weights: list[Tensor], int8: bool, gain: Tensor | float = 1.0) -> Cal
     if dtype == torch.float32 and sum(w.numel() for w in weights) <= SMALL:
         matrix = (torch.cat(weights) * gain).mT
         return lambda x, onto=None: torch.mm(x, matrix) if onto is None else torch.addmm(onto, x, matrix)
-    product = eight_bits(weights, gain) if int8 else in_place(weights, gain)
+    product = eight_bits(weights, gain) if int8 else as_they_are(weights, gain)
     return lambda x, onto=None: product(x) if onto is None else onto + product(x)
 
 
@@ -42,7 +42,7 @@ def eight_bits(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor]
     return lambda x: torch._weight_int8pack_mm(x.bfloat16(), packed, scales).float()
 
 
-def in_place(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor], Tensor]:
+def as_they_are(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor], Tensor]:
     # MKL multiplies a large fp32 matrix with one vector at half the speed of the memory, as a batch of 16-row matrices at nine tenths.
     # A few vectors it multiplies 1.1 (16 to 64 of them) to 2.5 times (2 to 4) as fast when they stand on the right.
     dtype = weights[0].dtype
