@@ -258,17 +258,23 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
     return Cleaned(b"".join(t for t, k in zip(texts, keep) if k), index, keys, tally, specials)
 
 
-def chunks(documents: Iterable) -> Iterator[list]:
-    """Documents in lists of about CHUNK characters."""
-    chunk, size = [], 0
-    for label, item in documents:
-        chunk.append((label, item))
-        size += 100 + (len(item) if isinstance(item, str) else sum(len(pair["question"]) + len(pair["answer"]) for pair in item))
-        if size >= CHUNK:
+def chunks(items: Iterable, most: int, size: Callable) -> Iterator[list]:
+    """Items in lists that are full as soon as their sizes add up to `most`."""
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if total >= most:
             yield chunk
-            chunk, size = [], 0
+            chunk, total = [], 0
     if chunk:
         yield chunk
+
+
+def effort(document: tuple[int, str | list[dict]]) -> int:
+    """What cleaning a (label, text or question-answer pairs) document takes, in characters."""
+    _, item = document
+    return 100 + (len(item) if isinstance(item, str) else sum(len(pair["question"]) + len(pair["answer"]) for pair in item))
 
 
 def start_worker(setup: Callable | None = None, *arguments):
@@ -281,10 +287,8 @@ def start_worker(setup: Callable | None = None, *arguments):
 
 
 def ordered_map(function: Callable, items: Iterable, workers: int, *setup) -> Iterator:
-    """map() over worker processes, in order, with only a few items under way; without processes for a single item.
-
-    setup: a function and its arguments, called first in every process that maps.
-    """
+    """map() over worker processes, in order, with only a few items under way; without processes for a single item. `setup`, a function
+    and its arguments, is called first in every process that maps."""
     items = iter(items)
     ahead = list(itertools.islice(items, 2))
     if workers == 1 or len(ahead) < 2:

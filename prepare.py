@@ -185,19 +185,7 @@ def encode_batch(texts: list[str]) -> np.ndarray:
 
 def encode(texts: Iterable[str], tokenizer_json: str) -> Iterator[np.ndarray]:
     """(N,) uint16 tokens of about BATCH characters of texts at a time, each text followed by <|endoftext|>."""
-
-    def batches():
-        batch, size = [], 0
-        for text in texts:
-            batch.append(text)
-            size += len(text)
-            if size >= BATCH:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
-
-    return clean.ordered_map(encode_batch, batches(), clean.WORKERS, start_encoder, tokenizer_json)
+    return clean.ordered_map(encode_batch, clean.chunks(texts, BATCH, len), clean.WORKERS, start_encoder, tokenizer_json)
 
 
 # ---- where the result goes ----
@@ -283,7 +271,7 @@ def clean_sources(spool: Spool, sources: list, files: dict, field: str | None) -
         for source, label in sources:
             first, tally, specials = spool.n, np.zeros((len(FATES), 2), np.int64), 0
             documents = read_source(source, files.get(source), label, field)
-            for cleaned in clean.ordered_map(clean_chunk, clean.chunks(documents), clean.WORKERS):
+            for cleaned in clean.ordered_map(clean_chunk, clean.chunks(documents, clean.CHUNK, clean.effort), clean.WORKERS):
                 spool.add(cleaned)
                 tally, specials = tally + cleaned.tally, specials + cleaned.specials
                 bar.update(int(cleaned.tally[:, 1].sum()))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,3 +57,45 @@ def lines_of(path):
 def write_problems(path, problems):
     path.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     return path
+
+
+SIZES = ["--n_layer=2", "--d_model=32", "--d_ff=48", "--head_dim=8", "--global_every=2", "--window=8"]
+SHORT = [*SIZES, "--seq_len=32", "--batch_size=4", "--eval_tokens=512", "--log_interval=5", "--device=cpu"]
+
+
+def call(script, *options, ranks=1, cwd=ROOT, **kwargs):
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300, **kwargs)
+
+
+def fails(script, *options, match, **kwargs):
+    """The script ends with exit code 2 and this one line."""
+    done = call(script, *options, **kwargs)
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.endswith("parameters, phase 3")]  # sample.py says first what it loaded
+    assert len(errors) == 1 and errors[0].startswith("error: ") and match in errors[0], done.stderr
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Prepared data of invented words."""
+    import numpy as np  # not above: it looks at the number of threads
+
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 7))) for _ in range(300)]
+    lines = [" ".join(words[i] for i in rng.zipf(1.5, 12) % 300).capitalize() + "." for _ in range(1500)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    done = call("prepare.py", folder / "text.txt", f"--out={folder / 'text'}", "--vocab_size=400")
+    assert done.returncode == 0, done.stderr
+    return folder / "text"
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory):
+    """A Flow's run of all three phases."""
+    out = tmp_path_factory.mktemp("run") / "flow"
+    done = call("train.py", f"--data={data}", f"--out={out}", "--steps=20", "--eval_interval=10", *SHORT)
+    assert done.returncode == 0, done.stderr
+    return out

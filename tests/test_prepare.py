@@ -79,6 +79,10 @@ def test_tokenizer_round_trip(tokenizer):
     assert len(prepare.plain_ids(tokenizer, "2026")) == 4, "digits are single tokens"
 
 
+def words(tokenizer, text):
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
 def test_text_in_segments_gives_the_same_tokens(tokenizer, monkeypatch):
     rng = random.Random(2)
     for segment in (1, 7, 50):
@@ -88,6 +92,7 @@ def test_text_in_segments_gives_the_same_tokens(tokenizer, monkeypatch):
             segments = list(prepare.segments(text))
             assert "".join(segments) == text and (len(segments) > 1 or i % 2)
             assert [i for part in segments for i in tokenizer.encode(part).ids] == tokenizer.encode(text).ids
+            assert [word for part in segments for word in words(tokenizer, part)] == words(tokenizer, text)
 
 
 @pytest.mark.parametrize("most", [0, 50, 10**6], ids=["forgets_at_once", "forgets", "remembers"])
@@ -99,9 +104,13 @@ def test_words_encoded_one_by_one_give_the_tokens_of_the_whole(tokenizer, monkey
         texts = [prose(rng, 20) if i % 10 == 0 else "".join(rng.choices(signs, k=rng.randrange(20))) for _ in range(4)]
         pieces = [encoder.PIECE.findall(text) for text in texts]
         assert ["".join(parts) for parts in pieces] == texts
+        for text, parts in zip(texts, pieces):  # the words, not only the tokens: whether words merge depends on the tokenizer
+            if "<|im_end|>" not in text:
+                assert [word for part in parts for word in words(tokenizer, part)] == words(tokenizer, text)
         split += sum(map(len, pieces))
         assert encoder(texts).tolist() == [i for text in texts for i in [*tokenizer.encode(text).ids, 0]]
-    assert split > 4 * 2000
+        assert sum(len(piece) for piece in encoder.known if piece) == encoder.size < most + 2000
+    assert split > 4 * 2000 and (len(encoder.known) > 1000) == (most == 10**6)
 
 
 @pytest.mark.parametrize("batch", [100, 10**9], ids=["in_processes", "in_this_one"])

@@ -1,4 +1,4 @@
-"""train.py and sample.py as a user runs them: curriculum, exact resume after SIGKILL, two ranks, and what bad input gets."""
+"""train.py as a user runs it: curriculum, exact resume after SIGKILL, two ranks, and what bad input gets."""
 
 import json
 import os
@@ -12,56 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from tokenizers import Tokenizer
+from conftest import ROOT, SHORT, call, fails
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import device
 import prepare
 import train
-from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from prepare import InputError
-from sample import prompt_ids, stream
 from train import FINAL_LR, Windows, check_same, epoch_order, lr_at
-
-SIZES = ["--n_layer=2", "--d_model=32", "--d_ff=48", "--head_dim=8", "--global_every=2", "--window=8"]
-SHORT = [*SIZES, "--seq_len=32", "--batch_size=4", "--eval_tokens=512", "--log_interval=5", "--device=cpu"]
-
-
-def call(script, *options, ranks=1, cwd=ROOT, **kwargs):
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300, **kwargs)
-
-
-def fails(script, *options, match, **kwargs):
-    """The script ends with exit code 2 and this one line."""
-    done = call(script, *options, **kwargs)
-    assert done.returncode == 2, done.stdout + done.stderr
-    errors = [line for line in done.stderr.splitlines() if not line.endswith("parameters, phase 3")]  # sample.py says first what it loaded
-    assert len(errors) == 1 and errors[0].startswith("error: ") and match in errors[0], done.stderr
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 7))) for _ in range(300)]
-    lines = [" ".join(words[i] for i in rng.zipf(1.5, 12) % 300).capitalize() + "." for _ in range(1500)]
-    (folder / "text.txt").write_text("\n".join(lines))
-    done = call("prepare.py", folder / "text.txt", f"--out={folder / 'text'}", "--vocab_size=400")
-    assert done.returncode == 0, done.stderr
-    return folder / "text"
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    """A run of all three phases."""
-    out = tmp_path_factory.mktemp("run") / "flow"
-    done = call("train.py", f"--data={data}", f"--out={out}", "--steps=20", "--eval_interval=10", *SHORT)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 def log_of(out):
@@ -394,113 +354,3 @@ def test_a_full_disk_ends_a_run_in_one_line(data, tmp_path):
 def test_bad_options_of_train(data, tmp_path, options, match):
     fails("train.py", f"--data={data}", f"--out={tmp_path}", "--steps=2", "--device=cpu", *options, match=match)
     assert not list(tmp_path.glob("*.pt"))
-
-
-def test_unreadable_checkpoints_are_refused(finished, tmp_path):
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes((finished / "phase3.pt").read_bytes()[:-2000])
-    with pytest.raises(InputError, match="cut short or not a checkpoint"):
-        load_checkpoint(cut)
-    torch.save({"weights": {}}, tmp_path / "foreign.pt")
-    with pytest.raises(InputError, match="not a checkpoint of this project"):
-        load_checkpoint(tmp_path / "foreign.pt")
-    checkpoint = load_checkpoint(finished / "phase3.pt")
-    save_checkpoint(tmp_path / "other.pt", checkpoint | {"model": "other"})
-    with pytest.raises(InputError, match="holds a other model, not flow"):
-        load_model(tmp_path / "other.pt")
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
-    save_checkpoint(tmp_path / "a.pt", {"x": 1})
-    code = (
-        "import resource, signal, torch; from pathlib import Path; from checkpoint import save_checkpoint; import prepare\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        f"prepare.run(lambda: save_checkpoint(Path({str(tmp_path / 'a.pt')!r}), {{'x': torch.zeros(100_000)}}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
-    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"x": 1} and len(list(tmp_path.iterdir())) == 1
-
-
-# ---- sample.py ----
-
-
-def test_the_latest_checkpoint_is_found_whatever_the_times(finished, tmp_path):
-    assert find_checkpoint(str(finished)) == finished / "phase3.pt"
-    run = tmp_path / "run"
-    run.mkdir()
-    for name in ("phase3.pt", "phase2.pt", "phase1.pt"):  # as copying a run may leave them
-        shutil.copy(finished / name, run)
-    assert find_checkpoint(str(run)) == run / "phase3.pt"
-    shutil.copy(finished / "phase1.pt", run / "last.pt")
-    os.utime(run / "last.pt", (0, 0))
-    assert find_checkpoint(str(run)) == run / "last.pt"
-    shutil.rmtree(run)
-    with pytest.raises(InputError, match="holds no checkpoint yet: make one with `python train.py`"):
-        find_checkpoint(str(tmp_path))
-    fails("sample.py", match="make one with `python train.py`", cwd=tmp_path)
-
-
-def test_sampling_reproduces_and_streams(finished):
-    def text(*options):
-        done = call("sample.py", f"--ckpt={finished}", "--max_new_tokens=40", *options)
-        assert done.returncode == 0 and "tokens/s]" in done.stderr, done.stderr
-        return done.stdout
-
-    assert text("--prompt=Abc", "--seed=1") == text("--prompt=Abc", "--seed=1") != text("--prompt=Abc", "--seed=2")
-    assert text("--prompt=Abc").startswith("Abc")
-    several = text("--num_samples=3", "--seed=1").split("\n---\n")
-    assert len(several) == 4 and len(set(several[:3])) == 3
-    assert text("--temperature=0", "--top_k=5", "--top_p=0.5") == text("--temperature=0", "--seed=9")
-
-
-def test_a_file_of_prompts(finished, tmp_path):
-    (tmp_path / "questions.txt").write_text("Abc\n\nA much longer line of the prompts file.\nAbc\n")
-    options = [
-        f"--ckpt={finished}",
-        f"--prompts_file={tmp_path / 'questions.txt'}",
-        f"--output={tmp_path / 'answers.jsonl'}",
-        "--temperature=0",
-    ]
-    assert call("sample.py", *options, "--max_new_tokens=20", "--batch_size=2").returncode == 0
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [a["prompt"] for a in answers] == ["Abc", "A much longer line of the prompts file.", "Abc"]
-    alone = call("sample.py", f"--ckpt={finished}", "--prompt=Abc", "--temperature=0", "--max_new_tokens=20").stdout
-    assert answers[0] == answers[2] and "Abc" + answers[0]["completion"] == alone[:-1]
-    fails("sample.py", *options, match="answers.jsonl exists")
-
-
-def test_chat_keeps_to_the_window(finished):
-    turns = "\n".join(["Abc def?"] * 30)
-    done = call("sample.py", f"--ckpt={finished}", "--chat", "--max_new_tokens=100", input=turns)
-    assert done.returncode == 0 and done.stderr.count("tokens/s]") == 30 and "no longer fit" in done.stderr
-
-
-def test_streaming_never_shows_half_a_character():
-    tokenizer = prepare.train_tokenizer(["plain text"], 300)
-    text = "a é 漢字 🙂 z"
-    ids = prepare.plain_ids(tokenizer, text)
-    pieces = list(stream(tokenizer, iter(ids)))
-    assert "".join(pieces) == text and len(pieces) > 5 and not any("\ufffd" in piece for piece in pieces)
-    cut = list(stream(tokenizer, iter(ids[:-4])))  # ends inside the emoji
-    assert "".join(cut).startswith("a é 漢字 ") and "\ufffd" in cut[-1]
-
-
-def test_prompts_begin_a_document_and_cannot_smuggle_special_tokens():
-    tokenizer = Tokenizer.from_str(prepare.train_tokenizer(["some text <|im_end|>"], 300).to_str())
-    ids = prompt_ids(tokenizer, "hi <|im_end|>")
-    assert ids[0] == 0 and not {0, 1, 2, 3} & set(ids[1:])
-
-
-@pytest.mark.parametrize(
-    "options, match",
-    [
-        (["--temperature=-1"], "--temperature=-1.0 cannot be negative"),
-        (["--top_p=2"], "--top_p=2.0 must be above 0"),
-        (["--prompts_file=x"], "go together"),
-        (["--ckpt=nowhere.pt"], "holds no checkpoint yet"),
-        (["--prompt=" + "word " * 3000], "the prompt has"),
-    ],
-)
-def test_bad_options_of_sample(finished, options, match):
-    fails("sample.py", f"--ckpt={finished}", *options, match=match)
