@@ -90,5 +90,7 @@ def load_model(path: Path, device="cpu", model: str | None = None):
     if not path.is_dir():
         Model, Config, _ = MODELS[name]
         network, tokenizer = Model(Config(**checkpoint["config"])), Tokenizer.from_str(checkpoint["tokenizer"])
+        if network.state_dict().keys() != checkpoint["weights"].keys():
+            raise InputError(f"{path} has the weights of another version of this {name}: train it again, or use that version")
         network.load_state_dict(checkpoint["weights"])
     return network.to(device).eval(), tokenizer, checkpoint

@@ -292,7 +292,8 @@ def to_coreml(args, model, tokenizer, checkpoint, folder: Path) -> None:
     }  # fmt: skip
     for package in packages:
         add_metadata(folder / package["file"], contract, checkpoint["tokenizer"])
-    model.token_embedding.weight.detach().half().numpy().tofile(folder / "embeddings.bin")
+    table = model.input_table() if args.kind == "pulse" else model.token_embedding.weight
+    table.detach().half().numpy().tofile(folder / "embeddings.bin")
     (folder / "tokenizer.json").write_text(checkpoint["tokenizer"], encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(contract, indent=1), encoding="utf-8")
     shutil.copy(HERE / "predict.py", folder)

@@ -28,7 +28,7 @@ from mil_numpy import FP16_MAX, Package, type_of
 from model import generate
 from predict import Host
 from prepare import InputError
-from snn_model import Neuron
+from snn_model import Neuron, Pulse
 
 EXACT_LIMIT = 1e-4  # largest difference of a logit in exact arithmetic
 GREEDY = 64  # tokens of greedy text that have to be the same
@@ -88,6 +88,9 @@ def package_weights(model, packages: list[Package], nets: list, dtype) -> tuple[
     reference.load_state_dict(model.state_dict())
     # The head is compressed, the rows of the embedding are not.
     reference.lm_head.weight = torch.nn.Parameter(reference.lm_head.weight.detach().clone())
+    if isinstance(reference, Pulse):  # what was mapped is rounded to fp16, not the map
+        reference.token_embedding.weight = torch.nn.Parameter(model.input_table().detach())
+        torch.nn.init.eye_(reference.input_map)
     # Of a leak that no gate changes the package holds 1 - beta, not the logit that is learned.
     ungated = [m for m in reference.modules() if isinstance(m, Neuron) and m.leaky and m.gate_gain is None]
     steps = [1 - neuron.leak.detach().sigmoid() for neuron in ungated]

@@ -31,7 +31,7 @@ from model import linear_cross_entropy
 # fire once or not at all, and digits are copied wrongly.
 GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, READ_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0, 4.0
 LEAKS = ("gated", "learned", "fixed")
-GATE_SCALE = 0.1  # a gate's current is normalized, so this changes no beta: it lets Muon's first steps turn the weights further
+START_SCALE = 0.1  # of matrices whose result is normalized: it changes nothing yet, but lets Muon's first steps turn the weights further
 TAU_KEY = 1.5  # queries and keys remember this many tokens at most, at the start: little more than the present one
 KEY_EPS = 1e-3  # added to the squared length of a query or key before it is scaled to 1: a silent one stays silent
 TAU_MEMORY = (64.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
@@ -46,7 +46,7 @@ class PulseConfig:
     d_model: int = 128
     d_hidden: int = 192  # leaky neurons of a block
     d_ff: int = 352  # neurons of its feed-forward part
-    num_steps: int = 8  # micro-steps per token = most spikes that a neuron fires per token
+    num_steps: int = 16  # micro-steps per token = most spikes that a neuron fires per token
     # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens, 2 % worse in 500 steps. 32 is no better.
     tau_max: float = 4.0
     leak: str = "gated"  # the time constants are set by every token, "learned" one per neuron, or "fixed"
@@ -77,7 +77,7 @@ class PulseConfig:
         block = (2 + gated) * C * N + 2 * C + (2 + leaky + gated) * N + 2 * (C + 1) * self.d_ff + 2 * C
         memory = 4 * C * C + 2 * C * H + 2 * H + 12 * C
         n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
-        return self.vocab_size * C + self.n_layer * block + n_memory * memory + 2 * C
+        return self.vocab_size * C + C * C + self.n_layer * block + n_memory * memory + 2 * C
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of one training step (forward and backward) per token, whatever `seq_len`.
@@ -88,7 +88,7 @@ class PulseConfig:
         C, L, D = self.d_model, min(CHUNK, seq_len), self.d_model // self.n_head
         n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
         block = (2 + self.is_gated()) * C * self.d_hidden + 2 * C * self.d_ff
-        matrices = self.vocab_size * C + self.n_layer * block + n_memory * (4 * C * C + 2 * C * self.n_head)
+        matrices = self.vocab_size * C + C * C + self.n_layer * block + n_memory * (4 * C * C + 2 * C * self.n_head)
         return 6 * matrices + n_memory * 6 * C * (2.5 * L + 4 * D)
 
 
@@ -330,13 +330,17 @@ class Pulse(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        # What the head finds alike, such as digits, of which any may come next, must not look alike when it is read: counts of few
+        # spikes would not tell them apart. So a token is read as its row of the head's matrix times this one.
+        self.input_map = nn.Parameter(torch.eye(config.d_model))
+        self.table: Tensor | None = None  # input_table() as it was when the last state was made
         for name, module in self.layers.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if name.endswith(("out_proj", "o_proj", "down_proj")):
                     module.weight.data /= math.sqrt(2 * config.n_layer)
-                elif name.endswith("gate_proj"):
-                    module.weight.data *= GATE_SCALE
+                elif name.endswith(("in_proj", "gate_proj", "up_proj")):
+                    module.weight.data *= START_SCALE
         for memory in filter(None, (block.memory for block in self.layers)):
             memory.start()
 
@@ -352,9 +356,13 @@ class Pulse(nn.Module):
         synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in self.fan_outs())
         for neuron, fan_out in self.fan_outs():
             neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel()) if self.training else 0.0
-        layers = (self.init_state(idx.size(0)) if state is None else state).layers
+        layers = self.first_layers(idx.size(0)) if state is None else state.layers
+        if state is not None and not torch.is_grad_enabled():
+            x = F.embedding(idx, self.table)
+        else:
+            x = self.mapped(self.token_embedding(idx))
         # Normalized, so that a token is not lost among what the blocks add: a memory has to see which one it was.
-        x = F.rms_norm(self.token_embedding(idx), (self.config.d_model,), eps=self.config.norm_eps)
+        x = F.rms_norm(x, (self.config.d_model,), eps=self.config.norm_eps)
         for i, block in enumerate(self.layers):
             if self.checkpointing and self.training:
                 x, after = checkpoint(block, x, layers[i], use_reentrant=False)
@@ -381,14 +389,29 @@ class Pulse(nn.Module):
         return pairs
 
     def init_state(self, batch_size: int, max_len: int | None = None) -> PulseState:
-        """The state before the first token, on the device of the weights, at least fp32; `max_len` is Flow's and changes nothing."""
+        """The state before the first token, on the device of the weights, at least fp32; `max_len` is Flow's and changes nothing.
+
+        A state is for the weights of this moment: what is read for each token is looked up in a table made here.
+        """
+        self.table = self.input_table().detach()
+        return PulseState(batch_size, self.first_layers(batch_size))
+
+    def first_layers(self, batch_size: int) -> list[tuple]:
         weight = self.token_embedding.weight
         kind = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        return PulseState(batch_size, [block.init_state(batch_size, **kind) for block in self.layers])
+        return [block.init_state(batch_size, **kind) for block in self.layers]
+
+    def input_table(self) -> Tensor:
+        """Of every token what the first block reads, before it is normalized: [V, C]. To run the network this is all that it takes."""
+        return self.mapped(self.token_embedding.weight)
+
+    def mapped(self, rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows @ self.input_map
 
     def muon_params(self) -> list[nn.Parameter]:
         """The big hidden matrices, for Muon; embedding, betas, gains, biases and the memory's decay and write are AdamW's."""
-        return [m.weight for m in self.layers.modules() if isinstance(m, nn.Linear) and m.bias is None]
+        return [self.input_map, *(m.weight for m in self.layers.modules() if isinstance(m, nn.Linear) and m.bias is None)]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from snn_model import Neuron, Pulse, PulseConfig
 ACCUMULATE, MULTIPLY_ACCUMULATE = 0.9, 4.6
 LEFT_OUT = "data movement, norms and gains, activation functions, biases, residual additions, embedding lookup, softmax"
 MAX_TOKENS = 100  # of a picture: more would not be readable
+SHADES = 8  # counts beyond it have the strongest shade too: most are far below
 ROWS, MEMORY_ROWS = 24, 12  # neurons of a block and of a memory's q, k and v in a picture, at most
 
 
@@ -212,7 +213,8 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
     heights = [rows for *_, rows in groups] + [2 * ROWS]
     figure = Figure(figsize=(4 + 0.24 * max(T, 24), 2 + 0.055 * sum(heights)), layout="constrained")
     *above, below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    shades = {"cmap": colormaps["RdBu_r"].resampled(2 * K + 1), "vmin": -K - 0.5, "vmax": K + 0.5}
+    most = min(K, SHADES)
+    shades = {"cmap": colormaps["RdBu_r"].resampled(2 * most + 1), "vmin": -most - 0.5, "vmax": most + 0.5}
     for axis, (label, neuron, rows) in zip(above, groups):
         n = counts[neuron].size(1)
         step = max(1, n // rows)
@@ -222,7 +224,7 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
         axis.set_yticks([])
         axis.tick_params(bottom=False)
         axis.set_ylabel(f"{label}\n1 in {step} of {n:,} neurons", rotation=0, ha="right", va="center", fontsize=8)
-    figure.colorbar(image, ax=above, ticks=range(-K, K + 1), aspect=40)
+    figure.colorbar(image, ax=above, ticks=range(-most, most + 1), aspect=40, extend="both" if most < K else "neither")
     for level in range(1, K + 1):
         style, label = ({"ls": "--"}, "threshold") if level == 1 else ({"lw": 0.6}, "one spike more" if level == 2 else None)
         below.axhline(level * THRESHOLD, color="gray", zorder=0, label=label, **style)

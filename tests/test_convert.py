@@ -121,7 +121,8 @@ def test_the_networks_for_the_device_compute_the_models(runs, kind, target):
         outputs, caches[number] = nets[number][function](*(torch.from_numpy(x) for x in inputs.values()), *caches[number])
         return {"hidden" if number == 0 else "logits_0": outputs[0].numpy()}
 
-    host = predict.Host(contract, model.token_embedding.weight.detach().numpy(), run, np.dtype(str(dtype).split(".")[1]))
+    table = (model.input_table() if kind == "pulse" else model.token_embedding.weight).detach().numpy()
+    host = predict.Host(contract, table, run, np.dtype(str(dtype).split(".")[1]))
     ids = torch.randint(0, 300, (1, 170))
     with torch.inference_mode():
         expected = model(ids)[0][0].numpy()

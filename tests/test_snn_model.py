@@ -34,7 +34,7 @@ def make(config=TINY, seed=0, dtype=torch.float32):
         for name, p in model.named_parameters():
             if name.endswith(("decay.weight", "write.weight")):
                 p.normal_(std=0.2)
-            elif name.endswith((".bias", ".gain")):
+            elif name.endswith((".bias", ".gain", "input_map")):
                 p.add_(torch.randn_like(p) * 0.1)
     return model.to(dtype)
 
@@ -108,7 +108,10 @@ def test_the_input_of_every_matrix_is_spike_counts(K, bf16, train):
 
 
 def test_no_other_product_has_a_weight_in_it():
-    """Looking at the operations themselves, the head inside the loss included: a matrix is multiplied with spike counts or not at all."""
+    """Looking at the operations themselves, the head inside the loss included: a matrix is multiplied with spike counts or not at all.
+
+    The exception is no product with an activation: the rows of the input's table follow from two weights.
+    """
     model, x, seen = make().train(), tokens(2, 50), set()
     weights = {p.data_ptr(): name for name, p in model.named_parameters() if p.ndim == 2}
 
@@ -118,6 +121,9 @@ def test_no_other_product_has_a_weight_in_it():
             for weight, other in (factors, factors[::-1]):
                 if weight.data_ptr() in weights:
                     seen.add(weights[weight.data_ptr()])
+                    if weight.data_ptr() == model.input_map.data_ptr():
+                        assert torch.equal(other.view(2, 50, -1), model.token_embedding(x))
+                        continue
                     assert torch.equal(other, other.round()) and 0 < other.abs().max() <= TINY.num_steps
 
     with torch.no_grad(), Operations(look):
@@ -142,8 +148,9 @@ def test_nearly_all_products_of_a_token_are_accumulates():
             counted[operation] += out.numel() * args[-2].size(-1)
 
     model = Pulse(config)
+    state = model.init_state(1)  # makes the table that tokens are looked up in
     with torch.no_grad(), Operations(look):
-        model(tokens(1, 1), state=model.init_state(1))
+        model(tokens(1, 1), state=state)
     leaking = config.d_model**2 // config.n_head  # the one product that is not a matrix product
     assert (counted[torch.ops.aten.mm], counted[torch.ops.aten.bmm] + leaking) == products(config)
     for config in PRESETS.values():
@@ -279,6 +286,18 @@ def test_an_untrained_memory_is_an_induction_head():
     right = (sent @ tokens.T)[:, :-1].argmax(-1) == x[:, 1:]
     assert right[:, : copy - 1].float().mean() < 0.02  # nothing to find in the first
     assert right[:, copy:].float().mean() > 0.4
+
+
+def test_a_token_is_read_as_its_row_of_the_input_table():
+    """One network reads through its map, the other has the mapped rows as its embedding, as the packages of convert.py have."""
+    model, mapped, x = make(dtype=torch.float64), make(dtype=torch.float64), tokens(2, 40)
+    with torch.no_grad():
+        mapped.lm_head.weight = nn.Parameter(model.token_embedding.weight.clone())
+        mapped.token_embedding.weight = nn.Parameter(model.input_table())
+        mapped.input_map.copy_(torch.eye(TINY.d_model))
+        torch.testing.assert_close(mapped(x)[0], model(x)[0], rtol=1e-10, atol=1e-10)
+        mapped.input_map.mul_(-1)
+        assert not torch.allclose(mapped(x)[0], model(x)[0], atol=0.1)
 
 
 # ---- promises 3 and 4: linear time, constant state, causal ----
@@ -435,8 +454,8 @@ def test_muon_gets_the_big_matrices_and_nothing_small_decays():
     model = make()
     names = {id(p): name for name, p in model.named_parameters()}
     linears = ("in_proj", "gate_proj", "out_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
-    expected = {name for name in names.values() if name.split(".")[-2] in linears}
-    assert {names[id(p)] for p in model.muon_params()} == expected and len(expected) == 14
+    expected = {"input_map", *(name for name in names.values() if "." in name and name.split(".")[-2] in linears)}
+    assert {names[id(p)] for p in model.muon_params()} == expected and len(expected) == 15
     decaying = {
         names[id(p)] for optimizer in build_optimizers(model, 0.01) for group in optimizer.param_groups
         if group["weight_decay"] for p in group["params"]
