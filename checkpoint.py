@@ -55,6 +55,14 @@ def load_checkpoint(path: Path) -> dict:
     raise InputError(f"{path} is not a checkpoint of this project: name another with --ckpt")
 
 
+def load_weights(network, checkpoint: dict, path: Path):
+    """Put a checkpoint's weights into a network of its sizes. Raises InputError when the network has others by now."""
+    if network.state_dict().keys() != checkpoint["weights"].keys():
+        name = checkpoint["model"]
+        raise InputError(f"{path} has the weights of another version of this {name}: train it again, or use that version")
+    network.load_state_dict(checkpoint["weights"])
+
+
 def find_checkpoint(ckpt: str | None, model: str | None = None) -> Path:
     """The checkpoint that --ckpt means: a file, a Hugging Face folder, the latest of a run folder, or (None) of the newest run in out/.
 
@@ -90,7 +98,5 @@ def load_model(path: Path, device="cpu", model: str | None = None):
     if not path.is_dir():
         Model, Config, _ = MODELS[name]
         network, tokenizer = Model(Config(**checkpoint["config"])), Tokenizer.from_str(checkpoint["tokenizer"])
-        if network.state_dict().keys() != checkpoint["weights"].keys():
-            raise InputError(f"{path} has the weights of another version of this {name}: train it again, or use that version")
-        network.load_state_dict(checkpoint["weights"])
+        load_weights(network, checkpoint, path)
     return network.to(device).eval(), tokenizer, checkpoint

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 import curves
 import prepare
 import spikes
-from checkpoint import MODELS, PHASES, load_checkpoint, save_checkpoint
+from checkpoint import MODELS, PHASES, load_checkpoint, load_weights, save_checkpoint
 from device import Device
 from model import PRESETS
 from muon import build_optimizers
@@ -349,7 +349,7 @@ def train(args, device: Device, say):
                 raise InputError(f"{origin} was trained with another tokenizer than that of {args.data}: use its data or another --out")
             if "optimizer" not in checkpoint:
                 raise InputError(f"{origin} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
-            model.load_state_dict(checkpoint["weights"])
+            load_weights(model, checkpoint, origin)
             for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
                 optimizer.load_state_dict(state)
                 optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # AdamW's state brings that of the phase before along
