@@ -6,16 +6,9 @@ grows with the text: memory is a chunk per process and some 16 bytes per documen
 """
 
 import hashlib
-import itertools
-import multiprocessing.connection
-import os
 import re
-import signal
-import threading
 import unicodedata
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +23,6 @@ EMPTY, BROKEN, REPETITIVE, EXACT_COPY, NEAR_COPY, KEPT = range(6)
 FATES = ("empty", "broken", "repetitive", "exact copy", "near copy", "kept")
 
 CHUNK = 1 << 20  # characters of documents that a worker cleans at a time, about 60 MB of its memory
-WORKERS = min(8, os.cpu_count())  # more would wait for the process that reads and writes
 
 SHINGLE = 5  # words per shingle
 BANDS, ROWS = 14, 8  # FineWeb's choice (arXiv:2406.17557): copies of Jaccard .8 are found with probability .92, of .5 with .05
@@ -258,55 +250,10 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
     return Cleaned(b"".join(t for t, k in zip(texts, keep) if k), index, keys, tally, specials)
 
 
-def chunks(items: Iterable, most: int, size: Callable) -> Iterator[list]:
-    """Items in lists that are full as soon as their sizes add up to `most`."""
-    chunk, total = [], 0
-    for item in items:
-        chunk.append(item)
-        total += size(item)
-        if total >= most:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
-
-
 def effort(document: tuple[int, str | list[dict]]) -> int:
     """What cleaning a (label, text or question-answer pairs) document takes, in characters."""
     _, item = document
     return 100 + (len(item) if isinstance(item, str) else sum(len(pair["question"]) + len(pair["answer"]) for pair in item))
-
-
-def start_worker(setup: Callable | None = None, *arguments):
-    """A worker leaves Ctrl-C to its parent and dies with it, even if that is killed; then its own setup."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True).start()
-    if setup:
-        setup(*arguments)
-
-
-def ordered_map(function: Callable, items: Iterable, workers: int, *setup) -> Iterator:
-    """map() over worker processes, in order, with only a few items under way; without processes for a single item. `setup`, a function
-    and its arguments, is called first in every process that maps."""
-    items = iter(items)
-    ahead = list(itertools.islice(items, 2))
-    if workers == 1 or len(ahead) < 2:
-        if setup:
-            setup[0](*setup[1:])
-        yield from map(function, itertools.chain(ahead, items))
-        return
-    with ProcessPoolExecutor(workers, initializer=start_worker, initargs=setup) as pool:
-        pending = deque()
-        try:
-            for item in itertools.chain(ahead, items):
-                pending.append(pool.submit(function, item))
-                if len(pending) > workers + 2:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 # ---- all documents, on disk ----

@@ -37,6 +37,7 @@ import corpus
 from clean import EXACT_COPY, FATES, KEPT, NEAR_COPY, SPECIAL, SPECIAL_TOKENS, Splits, Spool, assign_splits, clean_chunk, render_chat
 from shards import ShardWriter, load_meta, read_shard, shard_paths, token_bytes, tokenizer_fingerprint, write_shard
 from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, InputError, Source, data_folder, read_source, source_files
+from workers import WORKERS, chunks, ordered_map
 
 # What other files take from here: prepare.py is the face of text preparation, whichever file a part of it stands in.
 __all__ = ["SPECIAL_TOKENS", "InputError", "load_meta", "read_shard", "render_chat", "shard_paths", "token_bytes",
@@ -185,7 +186,7 @@ def encode_batch(texts: list[str]) -> np.ndarray:
 
 def encode(texts: Iterable[str], tokenizer_json: str) -> Iterator[np.ndarray]:
     """(N,) uint16 tokens of about BATCH characters of texts at a time, each text followed by <|endoftext|>."""
-    return clean.ordered_map(encode_batch, clean.chunks(texts, BATCH, len), clean.WORKERS, start_encoder, tokenizer_json)
+    return ordered_map(encode_batch, chunks(texts, BATCH, len), WORKERS, start_encoder, tokenizer_json)
 
 
 # ---- where the result goes ----
@@ -271,7 +272,7 @@ def clean_sources(spool: Spool, sources: list, files: dict, field: str | None) -
         for source, label in sources:
             first, tally, specials = spool.n, np.zeros((len(FATES), 2), np.int64), 0
             documents = read_source(source, files.get(source), label, field)
-            for cleaned in clean.ordered_map(clean_chunk, clean.chunks(documents, clean.CHUNK, clean.effort), clean.WORKERS):
+            for cleaned in ordered_map(clean_chunk, chunks(documents, clean.CHUNK, clean.effort), WORKERS):
                 spool.add(cleaned)
                 tally, specials = tally + cleaned.tally, specials + cleaned.specials
                 bar.update(int(cleaned.tally[:, 1].sum()))

@@ -53,7 +53,7 @@ def documents(folder, phase, split):
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch, tmp_path):
     """Without worker processes unless a test asks for them, and in a folder of its own."""
-    monkeypatch.setattr(clean, "WORKERS", 1)
+    monkeypatch.setattr(prepare, "WORKERS", 1)
     monkeypatch.chdir(tmp_path)
 
 
@@ -350,7 +350,7 @@ def test_deterministic_for_any_number_of_processes(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", [{"text": prose(rng, 60)} for _ in range(500)])
     make("a.jsonl", out="first")
     monkeypatch.setattr(clean, "CHUNK", 10_000)
-    monkeypatch.setattr(clean, "WORKERS", 2)
+    monkeypatch.setattr(prepare, "WORKERS", 2)
     monkeypatch.setattr(prepare, "BATCH", 20_000)
     make("a.jsonl", out="second")
     result = script("a.jsonl", "--out=third", "--vocab_size=300", cwd=tmp_path)

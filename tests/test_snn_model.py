@@ -19,10 +19,9 @@ import model as flow
 import snn_model
 from model import generate
 from muon import build_optimizers
-from snn_model import CHUNK, KEY_EPS, LEAKS, PRESETS, Neuron, Pulse, PulseConfig, associate, delay
+from snn_model import CHUNK, KEY_EPS, LEAKS, PRESETS, Neuron, Pulse, PulseConfig, associate
 
 TINY = PulseConfig(vocab_size=61, n_layer=2, d_model=16, d_hidden=24, d_ff=20, num_steps=3, n_head=2, memory_every=2)
-LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 
 
 def make(config=TINY, seed=0, dtype=torch.float32):
@@ -199,61 +198,7 @@ def test_ten_thousand_tokens_one_by_one_in_fp32():
     assert len(off) == 0 or off[-1] - off[0] < forget, off
 
 
-# ---- the associative memory and the delay ----
-
-
-def random_memory(T, B=2, H=2, D=4):
-    """Arguments of `associate` in fp64: unit keys, some leaks strong enough to clear the memory."""
-    torch.manual_seed(T)
-    q, k, v = torch.randn(3, B, H, T, D, dtype=torch.double)
-    decay = -torch.exp(torch.randn(B, H, T, dtype=torch.double) * 2 - 2)
-    decay[..., T // 2] = -40
-    write, S = torch.rand(B, H, T, dtype=torch.double), torch.randn(B, H, D, D, dtype=torch.double)
-    return [a.requires_grad_() for a in (q, k / k.norm(dim=-1, keepdim=True), v, decay, write, S)]
-
-
-def delta_rule(q, k, v, decay, write, S):
-    """Row by row: forget, see what the key brings up, write the difference under it, read."""
-    B, H, T, _ = q.shape
-    out, last = torch.zeros_like(q), torch.zeros_like(S)
-    for b in range(B):
-        for h in range(H):
-            M = S[b, h]
-            for t in range(T):
-                M = M * decay[b, h, t].exp()
-                found = (k[b, h, t][:, None] * M).sum(0)
-                M = M + torch.outer(k[b, h, t], write[b, h, t] * (v[b, h, t] - found))
-                out[b, h, t] = (q[b, h, t][:, None] * M).sum(0)
-            last[b, h] = M
-    return out, last
-
-
-@pytest.mark.parametrize("T", LENGTHS)
-def test_memory_equals_a_loop_over_tokens(T):
-    arguments, results = random_memory(T), []
-    for form in (associate, delta_rule):
-        o, S = form(*arguments)
-        torch.manual_seed(0)
-        total = (o * torch.randn_like(o)).sum() + (S * torch.randn_like(S)).sum()
-        results.append((o, S, torch.autograd.grad(total, arguments)))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("cut", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK])
-def test_memory_goes_on_from_where_it_was(cut):
-    *sequences, S = [a.detach() for a in random_memory(2 * CHUNK + 7)]
-    o, last = associate(*sequences, S)
-    first, S = associate(*(a[:, :, :cut] for a in sequences), S)
-    second, S = associate(*(a[:, :, cut:] for a in sequences), S)
-    torch.testing.assert_close((torch.cat([first, second], 2), S), (o, last), rtol=1e-12, atol=1e-12)
-
-
-def test_delayed_spikes_arrive_one_token_late():
-    s, late = torch.randn(2, 7, 6), torch.randn(2, 6)
-    out, on_the_way = delay(s, late)
-    for t in range(7):
-        assert torch.equal(out[:, t], late if t == 0 else s[:, t - 1])
-    assert torch.equal(on_the_way, s[:, 6])
+# ---- what a block reads ----
 
 
 def test_half_of_a_blocks_fibres_are_slow_and_all_of_the_keys():
