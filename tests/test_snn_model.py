@@ -241,8 +241,10 @@ def test_a_token_is_read_as_its_row_of_the_input_table():
         mapped.token_embedding.weight = nn.Parameter(model.input_table())
         mapped.input_map.copy_(torch.eye(TINY.d_model))
         torch.testing.assert_close(mapped(x)[0], model(x)[0], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(pieces(mapped, x, [40])[0], model(x)[0][:, -1:], rtol=1e-10, atol=1e-10)
         mapped.input_map.mul_(-1)
         assert not torch.allclose(mapped(x)[0], model(x)[0], atol=0.1)
+        torch.testing.assert_close(pieces(mapped, x, [40])[0], mapped(x)[0][:, -1:], rtol=1e-10, atol=1e-10)  # a new table
 
 
 # ---- promises 3 and 4: linear time, constant state, causal ----
