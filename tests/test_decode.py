@@ -25,7 +25,7 @@ def step_by_step(decoder, x, prompt):
 def test_logits_equal_the_model_s(monkeypatch, change, prompt, small):
     monkeypatch.setattr(decode, "SMALL", small)
     model = make(dataclasses.replace(TINY, **change))
-    for x in (tokens(3, 60), tokens(1, 60)):
+    for x in (tokens(3, 60), tokens(1, 60), tokens(decode.MANY, 60)):
         full = model(x)[0][:, prompt - 1 :]
         torch.testing.assert_close(step_by_step(Decoder(model), x, prompt), full, atol=1e-4, rtol=0)
 
