@@ -259,14 +259,15 @@ def context_jobs(bench: Bench, model: torch.nn.Module, lengths: tuple) -> tuple[
         with torch.inference_mode():
             for part in tokens(model.config, 1, T)[0].split(256, dim=1):
                 model(part, state=state)
-        decode[T], sizes[T] = partial(read_on, model, state), state_bytes(model.init_state(1, T))
+        reader = Decoder(model) if isinstance(model, Flow) else model  # as generate does it
+        decode[T], sizes[T] = partial(read_on, reader, state), state_bytes(model.init_state(1, T))
     return training, decode, sizes
 
 
 @torch.inference_mode()
-def read_on(model: torch.nn.Module, state):
+def read_on(reader: Callable, state):
     for _ in range(32):
-        model(torch.zeros(1, 1, dtype=torch.long), state=state)
+        reader(torch.zeros(1, 1, dtype=torch.long), state=state)
 
 
 def pulse_context(bench: Bench):
