@@ -25,60 +25,28 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 import corpus
-import memory
 import peers
 import prepare
 import snn_model
 import train
+from bench_gpu import gpu_attention, gpu_decoding, gpu_memory, gpu_training
 from checkpoint import save_checkpoint
 from curves import read_log
 from decode import Decoder
-from device import Device
-from measure import ROOT, Bench, medians, script, state_bytes, tree_bytes
-from model import PRESETS, Flow, FlowConfig, band, causal_attention, generate
+from measure import ROOT, TINY, Bench, adamw, greedy, medians, script, state_bytes, tokens, training_step, tree_bytes
+from model import PRESETS, Flow, FlowConfig
 from muon import Muon, build_optimizers
 from prepare import ArgumentParser, InputError
 from snn_model import Pulse
 
 FLOW_11M = FlowConfig(n_layer=6, n_head=6, n_kv_head=6, d_model=384, head_dim=64, d_ff=1024, global_every=6)
 FLOW_15M = FlowConfig(vocab_size=32_000, n_layer=6, n_head=6, n_kv_head=6, d_model=288, head_dim=48, d_ff=768, window=256, global_every=6)
-TINY = FlowConfig(n_layer=2, d_model=64, d_ff=96, head_dim=16, window=16, global_every=2)  # for --quick
 TINY_PULSE = snn_model.PulseConfig(n_layer=3, d_model=32, d_hidden=32, d_ff=64)
 NANO_STEPS, NANOGPT_STEPS = 72, 2000  # of flow_to_bpb: enough to end below nanoGPT's recipe, and what that recipe plans
 MUON_STEPS, ADAMW_STEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 300  # of muon_training: shares of AdamW's, and AdamW's
 MUON_LRS, ADAMW_LRS = (0.004, 0.008, 0.016, 0.03), (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
-
-
-# ---- a training step ----
-
-
-def training_step(model: torch.nn.Module, optimizers: list, x: Tensor, y: Tensor, device: Device) -> Callable:
-    """One step as train.py makes it: bf16 where the hardware has it, clipping, every optimizer."""
-
-    def step():
-        with device.autocast():
-            loss = model(x, y)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        device.wait()
-
-    return step
-
-
-def tokens(config, batch_size: int, seq_len: int, device="cpu") -> tuple[Tensor, Tensor]:
-    """Random inputs and targets [B, T]."""
-    x = torch.randint(config.vocab_size, (batch_size, seq_len + 1), device=device)
-    return x[:, :-1].contiguous(), x[:, 1:].contiguous()
-
-
-def adamw(model: torch.nn.Module, lr: float = 1e-4) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 # ---- training ----
@@ -206,17 +174,13 @@ def pulse_beside_flow(bench: Bench):
 # ---- decoding ----
 
 
-def greedy(model: torch.nn.Module, idx: Tensor, n: int) -> Callable:
-    return lambda: list(generate(model, idx, n, temperature=0))
-
-
 def decoding(bench: Bench):
     """One sequence, greedy, against transformers' generate with its KV cache, in fp32 and with 8-bit weights on this side."""
     n = 8 if bench.quick else 128
     for name, config in {"nano": PRESETS["nano"], "small": PRESETS["small"], "15M": FLOW_15M}.items():
         model = Flow(TINY if bench.quick else config).eval()
         idx = tokens(model.config, 1, 16)[0]
-        jobs = {"8-bit weights": greedy(Decoder(model, int8=True), idx, n), "fp32": greedy(model, idx, n)}
+        jobs = {"8-bit weights": greedy(Decoder(model, int8=True), idx, n, bench.device), "fp32": greedy(model, idx, n, bench.device)}
         times = bench.alternate(jobs | {"theirs": partial(peers.twin(model).eval().generate, idx, n)})
         *ours, theirs = (n / seconds for seconds in medians(times))
         for (kind, goal), rate in zip({"8-bit weights": ("at least", 4), "fp32": None}.items(), ours):
@@ -232,7 +196,7 @@ def decoding_bandwidth(bench: Bench):
         size = 4 * config.num_params()  # fp32, as sample.py computes on a CPU
         if 1.5 * size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             raise InputError(f"{name} needs {1.5 * size / 1e9:.1f} GB of memory")
-        jobs = {"Flow": greedy(Flow(config).eval(), [[0]], n), "sum of a large tensor": buffer.sum}
+        jobs = {"Flow": greedy(Flow(config).eval(), [[0]], n, bench.device), "sum of a large tensor": buffer.sum}
         bench.rates(f"decoding {name}, {n} tokens", jobs, (size * n / 1e9, buffer.nbytes / 1e9), "GB/s", ("at least", 0.8))
 
 
@@ -242,7 +206,7 @@ def decoding_batch(bench: Bench):
     for name in ("nano", "small"):
         model = Flow(TINY if bench.quick else PRESETS[name]).eval()
         idx = tokens(model.config, 16, 16)[0]
-        jobs = {"16 at once": greedy(model, idx, n), "one at a time": greedy(model, idx[:1], n)}
+        jobs = {"16 at once": greedy(model, idx, n, bench.device), "one at a time": greedy(model, idx[:1], n, bench.device)}
         bench.rates(f"decoding {name}, 16 at once", jobs, (16 * n, n), "tokens/s", ("at least", 6))
 
 
@@ -370,71 +334,11 @@ def startup(bench: Bench):
     bench.record("python sample.py --max_new_tokens=1", ours, "s", 'python -c "import torch"', theirs, ("at most", 1.5), times)
 
 
-# ---- a GPU, untested ----
-
-
-def gpu() -> Device:
-    if not torch.cuda.is_available():
-        raise InputError("needs a GPU")
-    return Device("cuda")
-
-
-def gpu_training(bench: Bench):
-    """tokens/s and MFU of the presets at 2,048 tokens, compiled and not; peak memory of 1b against its estimate."""
-    device = gpu()
-    peak, where = device.peak_flops()
-    for name, batch_size in {"small": 32, "base": 16, "1b": 4}.items():
-        model = Flow(PRESETS[name]).to(device.torch)
-        x, y = tokens(model.config, batch_size, 2048, device.torch)
-        optimizers, flops = build_optimizers(model, 1e-4, dtype=device.dtype), model.config.flops_per_token(2048) * x.numel()
-        jobs = {"compiled": training_step(torch.compile(model, dynamic=False), optimizers, x, y, device)}
-        jobs["not compiled"] = training_step(model, optimizers, x, y, device)
-        seconds = bench.rates(f"{name}, {batch_size} x 2,048 tokens", jobs, x.numel(), "tokens/s")
-        for kind, goal in (("compiled", ("at least", 0.45) if name == "1b" else None), ("not compiled", None)):
-            rate = flops / seconds[kind]
-            bench.record(f"{name}, {kind}", rate / 1e12, "TFLOP/s", f"peak, {where}", peak / 1e12, goal)
-    for checkpointing in (False, True):
-        model.checkpointing = checkpointing
-        step = training_step(model, optimizers, x[:1], y[:1], device)
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        used, estimate = torch.cuda.max_memory_allocated() / 1e9, memory.training_memory(model.config, 1, 2048, checkpointing)["peak"] / 1e9
-        bench.record(f"1b, 1 x 2,048 tokens, checkpointing {checkpointing}", used, "GB", "memory.py", estimate)
-        if checkpointing:
-            bench.record("1b, 1 x 2,048 tokens, checkpointing", used, "GB", "the goal", 16, ("at most", 1))
-
-
-def gpu_attention(bench: Bench):
-    """Forward and backward of one sliding layer of 1b: blocks of one window, flex attention, and SDPA with a mask."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    device, config, T = gpu(), PRESETS["1b"], 2048
-    window, heads = config.window, (config.n_head, config.n_kv_head, config.n_kv_head)
-    q, k, v = (torch.randn(4, h, T, config.head_dim, device=device.torch, dtype=torch.bfloat16, requires_grad=True) for h in heads)
-    pos = torch.arange(T, device=device.torch)
-    mask, compiled = band(pos, pos, window), torch.compile(flex_attention, dynamic=False)
-    sparse = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, T, T, device=device.torch)
-
-    def both(attention: Callable):
-        attention().sum().backward()
-        device.wait()
-
-    def sdpa():
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-    ours = {"Flow's blocks": lambda: causal_attention(q, k, v, window)}
-    ours["flex attention"] = lambda: compiled(q, k, v, block_mask=sparse, enable_gqa=True)
-    for name, attention in ours.items():
-        jobs = {name: partial(both, attention), "SDPA with a mask": partial(both, sdpa)}
-        bench.rates(f"attention, window {window} of {T:,}, {name}", jobs, 1, "layers/s")
-
-
 # ---- main ----
 
 ROWS = {row.__name__: row for row in (
     flow_training, flow_to_bpb, muon_training, optimizer_step, decoding, decoding_bandwidth, decoding_batch, pulse_training,
-    pulse_beside_flow, pulse_context, flow_context, preparation, ranks, startup, gpu_training, gpu_attention,
+    pulse_beside_flow, pulse_context, flow_context, preparation, ranks, startup, gpu_training, gpu_memory, gpu_decoding, gpu_attention,
 )}  # fmt: skip
 
 

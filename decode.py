@@ -13,6 +13,7 @@ B batch, H query heads, K key/value heads, D = head_dim, C = d_model, S keys see
 
 import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,11 @@ def as_they_are(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor
     return apart
 
 
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ) v. A GPU's fused attention may be cuDNN's, which plans for every length anew: 80 ms per token and layer."""
+    return (q @ k.mT).softmax(-1) @ v
+
+
 class Decoder:
     """Called as its model is: (idx [B, T], state=...) -> (logits of the last position [B, 1, V], None). Several tokens at a time,
     such as a prompt, go to the model itself. It keeps the weights of the moment: after training or moving them make another."""
@@ -108,6 +114,7 @@ class Decoder:
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos]), torch.cat([-sin, sin])  # (a, b) -> (a cos - b sin, b cos + a sin)
         x = F.embedding(idx[:, 0], self.embedding).float()  # [B, C]
+        attend = partial(F.scaled_dot_product_attention, scale=1.0) if x.device.type == "cpu" else plain_attention
         for (qkv, heads_gain, out, gate_up, down), cache in zip(self.layers, state.kv):
             heads = qkv(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C)).view(B, H + 2 * K, D)
             qk = heads[:, : H + K]
@@ -120,7 +127,7 @@ class Decoder:
             # The query heads of one key head are stacked, as in model.attend.
             q = heads[:, :H].view(B, K, H // K, D)
             q = q if cache.dtype == q.dtype else q.to(cache.dtype)
-            y = F.scaled_dot_product_attention(q, cache[:, :K], cache[:, K:], scale=1.0)
+            y = attend(q, cache[:, :K], cache[:, K:])
             x = out(y.reshape(B, H * D), x)
             gate, up = gate_up(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C)).chunk(2, -1)
             x = down(F.silu(gate) * up, x)

@@ -10,17 +10,78 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import peers
 from device import Device
+from model import FlowConfig, generate
 from prepare import InputError
 
 ROOT = Path(__file__).parent
+TINY = FlowConfig(n_layer=2, d_model=64, d_ff=96, head_dim=16, window=16, global_every=2)  # for --quick
 
 
 def medians(times: dict[str, list[float]]) -> list[float]:
     return [statistics.median(seconds) for seconds in times.values()]
+
+
+# ---- what is measured ----
+
+
+def micro_step(model: torch.nn.Module, x: Tensor, y: Tensor, device: Device) -> Callable:
+    """Forward and backward as in train.py: bf16 where the hardware has it. Gradients add up."""
+
+    def run():
+        with device.autocast():
+            loss = model(x, y)[1]
+        loss.backward()
+        device.wait()
+
+    return run
+
+
+def update(model: torch.nn.Module, optimizers: list, device: Device) -> Callable:
+    """What ends a step of train.py: clipping, every optimizer."""
+
+    def run():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        device.wait()
+
+    return run
+
+
+def training_step(model: torch.nn.Module, optimizers: list, x: Tensor, y: Tensor, device: Device) -> Callable:
+    """One step as train.py makes it."""
+    parts = micro_step(model, x, y, device), update(model, optimizers, device)
+    return lambda: [part() for part in parts]
+
+
+def tokens(config, batch_size: int, seq_len: int, device="cpu") -> tuple[Tensor, Tensor]:
+    """Random inputs and targets [B, T]."""
+    x = torch.randint(config.vocab_size, (batch_size, seq_len + 1), device=device)
+    return x[:, :-1].contiguous(), x[:, 1:].contiguous()
+
+
+def adamw(model: torch.nn.Module, lr: float = 1e-4) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def greedy(model: torch.nn.Module, idx: Tensor, n: int, device: Device) -> Callable:
+    """n tokens of every prompt, the likeliest each."""
+
+    def run():
+        for _ in generate(model, idx, n, temperature=0):
+            pass
+        device.wait()
+
+    return run
+
+
+# ---- how it is measured ----
 
 
 class Bench:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from model import PRESETS, Flow, FlowConfig
+from model import LOGITS, PRESETS, Flow, FlowConfig
 
 HEADINGS = {
     "weights": "weights", "gradients": "gradients", "muon": "Muon", "adamw": "AdamW", "bf16": "bf16 copies", "activations": "activations",
@@ -20,17 +20,15 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def block_bytes(config: FlowConfig, layer: int, seq_len: int, qk_norm: int = 4) -> int:
-    """Bytes that autograd keeps per token of one block under bf16 autocast, with a GPU's fused attention.
+def block_bytes(config: FlowConfig, qk_norm: int = 4) -> int:
+    """Bytes that autograd keeps per token of a block under bf16 autocast, with a GPU's flash attention.
 
     `qk_norm` is what QK-norm keeps per element: 4, its input turned to fp32; 2, the input itself, on a CPU.
     """
     C, H, K, F = config.d_model, config.n_head, config.n_kv_head, config.d_ff
     q, kv = H * config.head_dim, K * config.head_dim
     norms = 2 * (4 + 2) * C + qk_norm * (q + kv) + 4 * (2 + H + K)  # with their bf16 results and rms; QK-norm's results are rotated first
-    attention = 2 * (q + 2 * kv) + 2 * q + 2 * q + 4 * H  # q, k, v, the kernel's result, the same in o_proj's order, logsumexp
-    if not config.is_global(layer) and seq_len > 2 * config.window:
-        attention += 2 * 2 * kv  # in blocks of one window every key and value is there twice
+    attention = 2 * (q + 2 * kv) + 2 * q + 4 * H  # q, k, v, the kernel's result, logsumexp
     return norms + attention + 2 * 4 * F  # gate, silu(gate), up and their product
 
 
@@ -43,20 +41,20 @@ def training_memory(config: FlowConfig, batch_size: int, seq_len: int, checkpoin
     C, V, N, tokens = config.d_model, config.vocab_size, config.num_params(), batch_size * seq_len
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     matrices = config.n_layer * C * (2 * q + 2 * kv + 3 * config.d_ff)
-    blocks = [tokens * block_bytes(config, i, seq_len, qk_norm) for i in range(config.n_layer)]
+    block = tokens * block_bytes(config, qk_norm)
     head = tokens * (4 + 2) * C + 2 * V * C  # the last norm, and the gradients that the loss takes at once
-    loss = 4 * V * C + 12 * min(2**23, tokens * V)  # while it is computed: the head's gradient in fp32, a chunk of logits
+    loss = 4 * V * C + 12 * min(LOGITS["cuda"], tokens * V)  # while it is computed: the head's gradient in fp32, a chunk of logits
     parts = {
         "weights": 4 * N,
         "gradients": 4 * N,
         "muon": 4 * matrices,
         "adamw": 8 * (N - matrices),
         "bf16": 2 * (matrices + V * C),  # autocast's copies of the matrices; with checkpointing gone when the forward pass ends
-        "activations": head + (config.n_layer * 4 * C * tokens if checkpointing else sum(blocks)),
+        "activations": head + (config.n_layer * 4 * C * tokens if checkpointing else config.n_layer * block),
     }
     always = parts["weights"] + parts["muon"] + parts["adamw"]
     forward = always + parts["bf16"] + parts["activations"] + loss
-    backward = always + parts["gradients"] + max(blocks)
+    backward = always + parts["gradients"] + block
     return parts | {"peak": max(forward, backward), "peak_accumulating": max(forward + parts["gradients"], backward)}
 
 

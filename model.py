@@ -172,20 +172,48 @@ def chunks_of_queries(T: int, window: int | None, size: int, device) -> list[tup
     return chunks
 
 
+def flashes(q: Tensor, k: Tensor) -> bool:
+    """Whether flash attention can be asked for directly: half precision on an NVIDIA GPU of 2020 or later."""
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
+        return False
+    if q.size(-1) % 8 or q.size(-1) > 256:
+        return False
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """What causal_attention computes, in one kernel that skips what lies outside the window and shares key heads.
+
+    F.scaled_dot_product_attention has no window; given a mask it computes all T x T scores. It would also choose cuDNN here, which
+    plans anew for every new length: a tenth of a second for each prompt.
+    """
+    T, left = q.size(2), -1 if window is None else window - 1
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # as the projections left them: no copy
+    options = dict(window_size_left=left, window_size_right=0)
+    return torch.ops.aten._flash_attention_forward(q, k, v, None, None, T, T, 0.0, False, False, **options)[0].transpose(1, 2)
+
+
+def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Sliding attention cut into blocks of one window: a block's queries look at their own block and the one before, as B * n sequences."""
+    B, H, T, D = q.shape
+    n, pos = -(-T // window), torch.arange(window, device=q.device)
+    blocks = F.pad(q, (0, 0, 0, n * window - T)).view(B, H, n, window, D).transpose(1, 2)  # [B, n, H, W, D]
+    pairs = [F.pad(x, (0, 0, window, n * window - T)).unfold(2, 2 * window, window) for x in (k, v)]  # [B, K, n, D, 2W]
+    pairs = [x.permute(0, 2, 1, 4, 3) for x in pairs]  # [B, n, K, 2W, D]
+    mask = band(pos + window, torch.arange(2 * window, device=q.device), window)
+    first = attend(blocks[:, 0], pairs[0][:, 0, :, window:], pairs[1][:, 0, :, window:], mask[:, window:])  # none before it
+    rest = attend(blocks[:, 1:].flatten(0, 1), pairs[0][:, 1:].flatten(0, 1), pairs[1][:, 1:].flatten(0, 1), mask)
+    out = torch.cat([first[:, None], rest.view(B, n - 1, H, window, D)], dim=1)
+    return out.transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk: int = CHUNK) -> Tensor:
     """Attention of a whole sequence to itself, in time T * window in a sliding layer.  q [B, H, T, D], k and v [B, K, T, D]"""
-    B, H, T, D = q.shape
+    T = q.size(2)
+    if flashes(q, k):
+        return flash_attention(q, k, v, window)
     if window is not None and T > 2 * window:
-        # Cut into blocks of one window: a block's queries look at their own block and the one before, as B * n sequences.
-        n, pos = -(-T // window), torch.arange(window, device=q.device)
-        blocks = F.pad(q, (0, 0, 0, n * window - T)).view(B, H, n, window, D).transpose(1, 2)  # [B, n, H, W, D]
-        pairs = [F.pad(x, (0, 0, window, n * window - T)).unfold(2, 2 * window, window) for x in (k, v)]  # [B, K, n, D, 2W]
-        pairs = [x.permute(0, 2, 1, 4, 3) for x in pairs]  # [B, n, K, 2W, D]
-        mask = band(pos + window, torch.arange(2 * window, device=q.device), window)
-        first = attend(blocks[:, 0], pairs[0][:, 0, :, window:], pairs[1][:, 0, :, window:], mask[:, window:])  # none before it
-        rest = attend(blocks[:, 1:].flatten(0, 1), pairs[0][:, 1:].flatten(0, 1), pairs[1][:, 1:].flatten(0, 1), mask)
-        out = torch.cat([first[:, None], rest.view(B, n - 1, H, window, D)], dim=1)
-        return out.transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
+        return attention_in_blocks(q, k, v, window)
     if window is not None and T <= window:
         window = None
     if q.device.type != "cpu":
@@ -285,6 +313,9 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+LOGITS = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}  # computed at once: 2**23 take a GPU 1.5 times as long, 2**27 are 1.2 GB more
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of softmax(x Wᵀ) without ever holding the logits of all positions.
 
@@ -299,7 +330,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         n_targets = (targets >= 0).sum().clamp(min=1)
         losses, grad_x = [], torch.empty_like(x)
         grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        rows = max(1, 2**23 // weight.size(0))
+        rows = max(1, LOGITS[x.device.type] // weight.size(0))
         for xc, tc, gc in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
             kept, index = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
             log_p = (xc @ weight.T).to(grad_w.dtype).log_softmax(-1)
@@ -332,7 +363,7 @@ class Flow(nn.Module):
 
     def __init__(self, config: FlowConfig):
         super().__init__()
-        self.config, self.checkpointing = config, False
+        self.config, self.checkpointing, self.cross_entropy = config, False, linear_cross_entropy  # train.py --compile replaces the last
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -369,7 +400,7 @@ class Flow(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x), None
-        return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight.to(x.dtype), targets.flatten())
+        return None, self.cross_entropy(x.flatten(0, 1), self.lm_head.weight.to(x.dtype), targets.flatten())
 
     def init_state(self, batch_size: int, max_len: int) -> KVCache:
         """An empty cache for `batch_size` sequences of at most `max_len` tokens, in the dtype and on the device of the weights."""

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import prepare
 import spikes
-from checkpoint import MODELS, find_checkpoint, load_model
+from checkpoint import MODELS, find_checkpoint, for_writing, load_model
 from decode import Decoder
 from device import choose_device
 from model import generate
@@ -194,8 +194,7 @@ def main(argv=None):
     device = choose_device(args.device)
     path = find_checkpoint(args.ckpt, args.model)
     model, tokenizer, checkpoint = load_model(path, device, args.model)
-    if device.type == "cuda" and checkpoint["model"] == "flow":  # Pulse's membranes and betas need fp32
-        model.bfloat16()
+    model = for_writing(model)
     if args.int8 and (device.type != "cpu" or checkpoint["model"] != "flow" or args.energy or args.raster):
         raise InputError("--int8 is for text from a Flow on a CPU: leave it out, or add --device=cpu")
     print(f"{path}: {checkpoint['model']}, {model.config.num_params():,} parameters, phase {checkpoint['phase']}", file=sys.stderr)

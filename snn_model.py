@@ -324,6 +324,7 @@ class Pulse(nn.Module):
     def __init__(self, config: PulseConfig):
         super().__init__()
         self.config, self.checkpointing, self.rate_penalty = config, False, 0.0
+        self.cross_entropy = linear_cross_entropy  # train.py --compile replaces it
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.out = Neuron(config.d_model, config, OUT_GAIN, signed=True)
@@ -375,7 +376,7 @@ class Pulse(nn.Module):
         s, _ = self.out(x)
         if targets is None:
             return self.lm_head(s), None
-        return None, linear_cross_entropy(s.flatten(0, 1), self.lm_head.weight.to(s.dtype), targets.flatten())
+        return None, self.cross_entropy(s.flatten(0, 1), self.lm_head.weight.to(s.dtype), targets.flatten())
 
     def fan_outs(self) -> list[tuple[Neuron, int]]:
         """The neurons that feed matrices, those of the memories too, and how many synapses each of their spikes reaches."""

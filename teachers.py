@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from checkpoint import find_checkpoint, load_model
+from checkpoint import find_checkpoint, for_writing, load_model
 from model import Flow, generate
 from prepare import InputError, chat_ids
 from sources import hub_errors, read_parquet, source_files
@@ -229,8 +229,7 @@ def checkpoint_teacher(path: Path, device, batch_size: int) -> LocalTeacher:
     """A checkpoint of this project; its name holds a checksum of the weights, so that a model trained further is another teacher."""
     model, tokenizer, _ = load_model(path, device)
     check_tokenizer(path, tokenizer, model.config.vocab_size)
-    if torch.device(device).type == "cuda":
-        model.bfloat16()
+    model = for_writing(model)
     name = f"{path}@{weights_checksum(model):08x}"
     stop_ids = [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
     return LocalTeacher(model, tokenizer, stop_ids, name, batch_size)
