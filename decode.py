@@ -70,7 +70,7 @@ def as_they_are(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ) v. A GPU's fused attention may be cuDNN's, which plans for every length anew: 80 ms per token and layer."""
+    """softmax(q kᵀ) v. A GPU's fused attention may be cuDNN's, which plans for every length anew: 50 to 80 ms per token."""
     return (q @ k.mT).softmax(-1) @ v
 
 
