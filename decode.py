@@ -86,6 +86,7 @@ class Decoder:
         # rms_norm(x) = sqrt(C) x / sqrt(|x|² + C eps): three calls where torch's makes eight. sqrt(C) is part of the gains; in the
         # queries' it cancels with the scale of the scores, 1 / sqrt(D).
         self.eps_C, self.eps_D = (torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (C, D))
+        self.attend = partial(F.scaled_dot_product_attention, scale=1.0) if device.type == "cpu" else plain_attention
         self.embedding, self.layers = model.token_embedding.weight.detach(), []
         for block in model.layers:
             attn, mlp = block.attn, block.mlp
@@ -114,7 +115,6 @@ class Decoder:
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos]), torch.cat([-sin, sin])  # (a, b) -> (a cos - b sin, b cos + a sin)
         x = F.embedding(idx[:, 0], self.embedding).float()  # [B, C]
-        attend = partial(F.scaled_dot_product_attention, scale=1.0) if x.device.type == "cpu" else plain_attention
         for (qkv, heads_gain, out, gate_up, down), cache in zip(self.layers, state.kv):
             heads = qkv(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C)).view(B, H + 2 * K, D)
             qk = heads[:, : H + K]
@@ -127,7 +127,7 @@ class Decoder:
             # The query heads of one key head are stacked, as in model.attend.
             q = heads[:, :H].view(B, K, H // K, D)
             q = q if cache.dtype == q.dtype else q.to(cache.dtype)
-            y = attend(q, cache[:, :K], cache[:, K:])
+            y = self.attend(q, cache[:, :K], cache[:, K:])
             x = out(y.reshape(B, H * D), x)
             gate, up = gate_up(x / norm(x, dim=-1, keepdim=True).hypot_(self.eps_C)).chunk(2, -1)
             x = down(F.silu(gate) * up, x)
