@@ -46,6 +46,7 @@ COMPRESSIONS = {
 MIN_CONTEXT = 128  # a prompt of a chunk and the 64 tokens that verification generates have to fit
 DESCRIPTIONS = {
     "x": "rows of embeddings.bin for the tokens, or `hidden` of the package before",
+    "token": "rows of embeddings.bin for the tokens, once more",
     "cos": "cosines of RoPE's angles at the positions of the tokens",
     "sin": "sines of RoPE's angles at the positions of the tokens",
     "mask_window": "0 where a query may look in a sliding layer, -10000 elsewhere; the cache ends with the newest token",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from membranes import THRESHOLD
 from model import Flow, FlowConfig
-from snn_model import KEY_EPS, Pulse
+from snn_model import DELAYS, KEY_EPS, Pulse
 
 PREFILL = {"flow": 32, "pulse": 8}  # tokens of a prompt that prefill reads at a time; Pulse's neurons take them one by one
 ALIGN = 32  # the Neural Engine pads the last dimension of a tensor to 64 bytes
@@ -68,10 +68,13 @@ class OnDevice(nn.Module):
         x = x.reshape(1, self.Q, n, D)
         return x.permute(0, 2, 3, 1) if last == "t" else x.permute(0, 2, 1, 3)
 
-    def delay(self, s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
-        """snn_model.delay: (what arrives of the spikes s while `late` was on the way, what is on the way now)"""
-        arrived = late if self.Q == 1 else torch.cat([late, s.narrow(self.t, 0, self.Q - 1)], self.t)
-        return arrived, s.narrow(self.t, self.Q - 1, 1)
+    def delay(self, s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """snn_model.delay: s [1, N, 1, Q] or [1, Q, N], late [1, N, 1, D] or [1, D, N] -> (what arrives, the new `late`)"""
+        longest = max(tokens)
+        sent = torch.cat([late, s], self.t)
+        parts = sent.split([len(part) for part in torch.arange(s.size(self.c)).tensor_split(len(tokens))], self.c)
+        arrived = [part.narrow(self.t, longest - d, self.Q) for d, part in zip(tokens, parts)]
+        return torch.cat(arrived, self.c) if len(arrived) > 1 else arrived[0], sent.narrow(self.t, self.Q, longest)
 
     def make_head(self, weight: Tensor) -> None:
         """The head in parts that the Neural Engine takes; the others need only one."""
@@ -274,7 +277,7 @@ class MemoryOnDevice(OnDevice):
         q, mem_q = self.q(self.q_proj(s), mem_q)
         k, mem_k = self.k(self.k_proj(s), mem_k)
         v, _ = self.v(self.v_proj(s))
-        k, late = self.delay(k, late)
+        k, late = self.delay(k, late, (1,))
         q, k, v = (self.heads_of(z, H, C // H, "t") for z in (q, k, v))  # [1, H, D, Q]
         q, k = (z * torch.rsqrt((z * z).sum(2, keepdim=True) + self.least) for z in (q, k))
         decay = 1 - self.heads_of(self.decay(s), H, 1, "t").sigmoid()  # = exp(-softplus(z)), the leak a_t
@@ -291,22 +294,28 @@ class MemoryOnDevice(OnDevice):
 
 
 class PulseOnDevice(OnDevice):
-    """Layers first to last - 1 of a Pulse for Q tokens, and the head. Input: `x` and, per layer, the spikes on the way, the
-    membranes and, with a memory, the membranes of queries and keys and the matrix [1, H, D, D]."""
+    """Layers first to last - 1 of a Pulse for Q tokens, and the head.
+
+    Inputs: `x` the rows of the input's table or what the package before gave; for a package that is not the first `token`, those rows,
+    of which every block and the head read some; then per layer the spikes on the way, the membranes and, with a memory, the spikes of
+    keys on the way, the membranes of queries and keys and the matrix [1, H, D, D].
+    """
 
     def __init__(self, model: Pulse, target: str, Q: int, context: int, first: int, last: int):
         super().__init__(target, Q)
         self.config, self.first, self.last = model.config, first, last
         self.layers = list(range(first, last))
         self.blocks = nn.ModuleList(self.block(model.layers[i], target) for i in self.layers)
-        if first == 0:
-            self.constant("root_eps", model.config.norm_eps**0.5, 0, 1)
+        self.constant("root_eps", model.config.norm_eps**0.5, 0, 1)
+        self.constant("first_share", model.token_share[0], 0, 1)
+        for i, block in zip(self.layers, self.blocks):
+            block.constant("more", model.token_share[i + 1] - model.token_share[i], 0, 1)
         if last == model.config.n_layer:
             self.out = NeuronOnDevice(model.out, target, 1)
             self.make_head(model.lm_head.weight)
 
     def block(self, source, target: str) -> nn.Module:
-        block = nn.Module()
+        block = OnDevice(target, self.Q)
         block.memory = MemoryOnDevice(source.memory, target, self.Q) if source.memory is not None else None
         for part, ours in ((source, block), (source.feed_forward, nn.Module())):
             ours.encode, ours.hidden = NeuronOnDevice(part.encode, target, self.Q), NeuronOnDevice(part.hidden, target, self.Q)
@@ -324,39 +333,40 @@ class PulseOnDevice(OnDevice):
         C, N, H = self.config.d_model, self.config.d_hidden, self.config.n_head
         shapes = []
         for block in self.blocks:
-            shapes.append(self.vector(C // 2))
+            shapes.append(self.vector(C * max(DELAYS)))
             shapes += [self.vector(N)] if block.hidden.leaky else []
             shapes += [self.vector(C)] * 3 + [(1, H, C // H, C // H)] if block.memory is not None else []
         return shapes
 
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"x": (1, self.config.d_model, 1, self.Q) if self.ane else (1, self.Q, self.config.d_model)}
+        shape = (1, self.config.d_model, 1, self.Q) if self.ane else (1, self.Q, self.config.d_model)
+        return {"x": shape} if self.first == 0 else {"x": shape, "token": shape}
 
-    def forward(self, x: Tensor, *caches: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Activations and states -> ([activations] or the parts of the last token's logits, the new states)"""
-        caches, after = iter(caches), []
+    def forward(self, *args: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs and states -> ([activations] or the parts of the last token's logits, the new states)"""
+        inputs = dict(zip(self.input_shapes(), args))
+        caches, after = iter(args[len(inputs) :]), []
 
-        def column(cache):
-            return cache.reshape(1, -1, 1, 1) if self.ane else cache
+        def column(cache, tokens=1):
+            return cache.reshape(1, -1, 1, tokens) if self.ane else cache.reshape(1, tokens, -1)
 
         def row(new):
-            after.append(new.reshape(1, 1, 1, -1) if self.ane else new)
+            after.append(new.reshape(1, 1, 1, -1) if self.ane else new.reshape(1, 1, -1))
 
-        C = self.config.d_model
+        x = inputs["x"]
+        token = rms_norm(inputs.get("token", x), self.root_eps, self.c)
         if self.first == 0:
-            x = rms_norm(x, self.root_eps, self.c)
+            x = self.first_share * token
         for block in self.blocks:
-            late, mem = column(next(caches)), column(next(caches)) if block.hidden.leaky else None
+            late, mem = column(next(caches), max(DELAYS)), column(next(caches)) if block.hidden.leaky else None
             if block.memory is not None:
                 y, remembered = block.memory(x, *(column(next(caches)) for _ in range(3)), next(caches))
                 x = x + y
-            now, slow = block.encode(x)[0].split(C // 2, self.c)
-            slow, late = self.delay(slow, late)
-            s = torch.cat([now, slow], self.c)
+            s, late = self.delay(block.encode(x)[0], late, DELAYS)
             h, mem = block.hidden(block.in_proj(s), mem, block.gate_proj(s) if block.hidden.gated else None)
             x = x + block.out_proj(h)
             feed = block.feed_forward
-            x = x + feed.down_proj(feed.hidden(feed.up_proj(feed.encode(x)[0]))[0])
+            x = x + feed.down_proj(feed.hidden(feed.up_proj(feed.encode(x)[0]))[0]) + block.more * token
             row(late)
             if mem is not None:
                 row(mem)

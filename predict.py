@@ -39,7 +39,7 @@ class Host:
         made = {"position": np.array([start], np.int32)}
         rows = self.embeddings[ids].astype(self.dtype)  # [Q, C]
         channels_first = self.contract["target"] == "ane"
-        made["x"] = rows.T if channels_first else rows
+        made["x"] = made["token"] = rows.T if channels_first else rows
         if "cos" in shapes:
             D = model["head_dim"]
             frequency = np.float32(model["rope_theta"]) ** -(np.arange(0, D, 2, dtype=np.float32) / np.float32(D))

@@ -34,6 +34,7 @@ LEAKS = ("gated", "learned", "fixed")
 START_SCALE = 0.1  # of matrices whose result is normalized: it changes nothing yet, but lets Muon's first steps turn the weights further
 TAU_KEY = 1.5  # queries and keys remember this many tokens at most, at the start: little more than the present one
 KEY_EPS = 1e-3  # added to the squared length of a query or key before it is scaled to 1: a silent one stays silent
+DELAYS = (0, 0, 1, 1, 2, 3, 4, 5)  # tokens that the spikes of each eighth of a block's fibres are on their way to its leaky neurons
 TAU_MEMORY = (64.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
 
 
@@ -77,7 +78,7 @@ class PulseConfig:
         block = (2 + gated) * C * N + 2 * C + (2 + leaky + gated) * N + 2 * (C + 1) * self.d_ff + 2 * C
         memory = 4 * C * C + 2 * C * H + 2 * H + 12 * C
         n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
-        return self.vocab_size * C + C * C + self.n_layer * block + n_memory * memory + 2 * C
+        return self.vocab_size * C + C * C + self.n_layer * block + n_memory * memory + 2 * C + self.n_layer + 1
 
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of one training step (forward and backward) per token, whatever `seq_len`.
@@ -198,9 +199,15 @@ def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: 
     return o.view(B, H, n * L, D)[:, :, :T], S[:, :, -1].clone()  # a view would keep those of all chunks alive
 
 
-def delay(s: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
-    """Spikes that arrive one token late (axonal delay).  s [B, T, N], late [B, N] = those on the way -> what arrives, on the way"""
-    return torch.cat([late[:, None].to(s.dtype), s[:, :-1]], 1), s[:, -1].clone()
+def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Spikes that arrive some tokens late (axonal delay), equal parts of the N fibres by as many as `tokens` says.
+
+    s [B, T, N], late [B, D, N] = what the D tokens before sent, D the longest delay -> what arrives [B, T, N] and the new `late`.
+    """
+    T, longest = s.size(1), late.size(1)
+    sent = torch.cat([late.to(s.dtype), s], 1)
+    arrived = [part[:, longest - d : longest - d + T] for d, part in zip(tokens, sent.tensor_split(len(tokens), -1))]
+    return torch.cat(arrived, -1), sent[:, T:].clone()
 
 
 class Memory(nn.Module):
@@ -242,7 +249,7 @@ class Memory(nn.Module):
         q, mem_q = self.q(self.q_proj(s), mem_q)
         k, mem_k = self.k(self.k_proj(s), mem_k)
         v, _ = self.v(self.v_proj(s))
-        k, late = delay(k, late)
+        k, late = delay(k, late, (1,))
         q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
         q, k = (z * (z.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt() for z in (q, k))  # unit length
         decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
@@ -253,7 +260,8 @@ class Memory(nn.Module):
 
     def init_state(self, B: int, **kind) -> tuple[Tensor, ...]:
         C, H = self.config.d_model, self.config.n_head
-        return *(torch.zeros(B, C, **kind) for _ in range(3)), torch.zeros(B, H, C // H, C // H, **kind)
+        late, mem_q, mem_k = torch.zeros(B, 1, C, **kind), torch.zeros(B, C, **kind), torch.zeros(B, C, **kind)
+        return late, mem_q, mem_k, torch.zeros(B, H, C // H, C // H, **kind)
 
 
 # ------------------------------------------------------------------------------------------------------------------ Pulse
@@ -295,15 +303,13 @@ class Block(nn.Module):
         if self.memory is not None:
             y, remembered = self.memory(x, remembered)
             x = x + y
-        now, slow = self.encode(x)[0].chunk(2, -1)  # half of the fibres are slow
-        slow, late = delay(slow, late)
-        s = torch.cat([now, slow], -1)
+        s, late = delay(self.encode(x)[0], late, DELAYS)
         h, mem = self.hidden(self.in_proj(s), mem, self.gate_proj(s) if self.gate_proj is not None else None)
         x = x + self.out_proj(h)
         return x + self.feed_forward(x), (late, mem, remembered)
 
     def init_state(self, B: int, **kind) -> tuple:
-        late, mem = torch.zeros(B, self.config.d_model // 2, **kind), torch.zeros(B, self.config.d_hidden, **kind)
+        late, mem = torch.zeros(B, max(DELAYS), self.config.d_model, **kind), torch.zeros(B, self.config.d_hidden, **kind)
         return late, mem if self.hidden.leaky else None, self.memory.init_state(B, **kind) if self.memory is not None else None
 
 
@@ -334,6 +340,9 @@ class Pulse(nn.Module):
         # What the head finds alike, such as digits, of which any may come next, must not look alike when it is read: counts of few
         # spikes would not tell them apart. So a token is read as its row of the head's matrix times this one.
         self.input_map = nn.Parameter(torch.eye(config.d_model))
+        # How much of the token is in the stream when a block, and last the head, reads it: more from block to block, so that it is
+        # not lost among what they add; none at first for the head, which is asked what comes next.
+        self.token_share = nn.Parameter(torch.cat([torch.linspace(1, 4, config.n_layer), torch.zeros(1)]))
         self.table: Tensor | None = None  # input_table() as it was when the last state was made
         for name, module in self.layers.named_modules():
             if isinstance(module, nn.Linear):
@@ -363,12 +372,14 @@ class Pulse(nn.Module):
         else:
             x = self.mapped(self.token_embedding(idx))
         # Normalized, so that a token is not lost among what the blocks add: a memory has to see which one it was.
-        x = F.rms_norm(x, (self.config.d_model,), eps=self.config.norm_eps)
+        token = F.rms_norm(x, (self.config.d_model,), eps=self.config.norm_eps)
+        x = self.token_share[0] * token
         for i, block in enumerate(self.layers):
             if self.checkpointing and self.training:
                 x, after = checkpoint(block, x, layers[i], use_reentrant=False)
             else:
                 x, after = block(x, layers[i])
+            x = x + (self.token_share[i + 1] - self.token_share[i]) * token
             if state is not None:
                 state.layers[i] = after
         if state is not None:

@@ -75,8 +75,8 @@ final class LanguageModel {
             for (name, shape) in part.functions[function]! {
                 let value: MLMultiArray
                 switch name {
-                case "x":
-                    if let hidden { value = hidden } else {
+                case "x", "token":
+                    if let hidden, name == "x" { value = hidden } else {
                         value = try table.withUnsafeBytes { raw in
                             let rows = raw.bindMemory(to: Float16.self)
                             return try array(shape, tokens: Q, transposed: columns) { t, f in Float(rows[ids[t] * C + f]) }

@@ -1,5 +1,6 @@
 """The associative memory of Pulse equals the delta rule, row by row, and the delay is one token."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,9 +55,19 @@ def test_memory_goes_on_from_where_it_was(cut):
     torch.testing.assert_close((torch.cat([first, second], 2), S), (o, last), rtol=1e-12, atol=1e-12)
 
 
-def test_delayed_spikes_arrive_one_token_late():
-    s, late = torch.randn(2, 7, 6), torch.randn(2, 6)
-    out, on_the_way = delay(s, late)
-    for t in range(7):
-        assert torch.equal(out[:, t], late if t == 0 else s[:, t - 1])
-    assert torch.equal(on_the_way, s[:, 6])
+@pytest.mark.parametrize("tokens, N", [((1,), 6), ((0, 2, 5), 6), ((0, 0, 3), 10)])
+def test_delayed_spikes_arrive_as_many_tokens_late_as_they_should(tokens, N):
+    longest, T = max(tokens), 7
+    sent = torch.randn(2, longest + T, N)  # the tokens before, and these
+    arrived, late = delay(sent[:, longest:], sent[:, :longest], tokens)
+    by = [d for d, part in zip(tokens, np.array_split(range(N), len(tokens))) for _ in part]
+    for t in range(T):
+        for n in range(N):
+            assert torch.equal(arrived[:, t, n], sent[:, longest + t - by[n], n])
+    assert torch.equal(late, sent[:, T:])
+    pieces = []
+    on_the_way = sent[:, :longest]
+    for t in range(longest, longest + T):
+        piece, on_the_way = delay(sent[:, t : t + 1], on_the_way, tokens)
+        pieces.append(piece)
+    assert torch.equal(torch.cat(pieces, 1), arrived) and torch.equal(on_the_way, late)

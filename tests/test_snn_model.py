@@ -33,7 +33,7 @@ def make(config=TINY, seed=0, dtype=torch.float32):
         for name, p in model.named_parameters():
             if name.endswith(("decay.weight", "write.weight")):
                 p.normal_(std=0.2)
-            elif name.endswith((".bias", ".gain", "input_map")):
+            elif name.endswith((".bias", ".gain", "input_map", "token_share")):
                 p.add_(torch.randn_like(p) * 0.1)
     return model.to(dtype)
 
@@ -201,7 +201,8 @@ def test_ten_thousand_tokens_one_by_one_in_fp32():
 # ---- what a block reads ----
 
 
-def test_half_of_a_blocks_fibres_are_slow_and_all_of_the_keys():
+def test_a_blocks_fibres_are_up_to_five_tokens_slow_and_the_keys_one():
+    """The leaky neurons of the first eighth of the stream's neurons hear of a token at once, those of the last five tokens later."""
     model, x = make(dtype=torch.float64), tokens(2, 9)
     block = model.layers[1]
     with Listener(model) as listener:
@@ -211,13 +212,30 @@ def test_half_of_a_blocks_fibres_are_slow_and_all_of_the_keys():
             patch.setattr(snn_model, "associate", lambda q, k, v, *rest: (heard.update(written=k), associate(q, k, v, *rest))[1])
             model(x)
     [hook.remove() for hook in hooks]
-    sent, arrived, half = heard[block.encode], listener.heard["layers.1.in_proj"], TINY.d_model // 2
-    assert torch.equal(arrived[..., :half], sent[..., :half]) and torch.equal(arrived[:, 1:, half:], sent[:, :-1, half:])
-    assert not arrived[:, 0, half:].any() and torch.equal(listener.heard["layers.1.gate_proj"], arrived)
+    sent, arrived = heard[block.encode], listener.heard["layers.1.in_proj"]
+    for n, d in enumerate(np.repeat([0, 0, 1, 1, 2, 3, 4, 5], TINY.d_model // 8)):
+        assert torch.equal(arrived[:, d:, n], sent[:, : 9 - d, n]) and not arrived[:, :d, n].any()
+    assert torch.equal(listener.heard["layers.1.gate_proj"], arrived)
     keys = heard[block.memory.k].view(2, 9, TINY.n_head, -1).transpose(1, 2)
     length = (keys.square().sum(-1, keepdim=True) + KEY_EPS).sqrt()
     torch.testing.assert_close(heard["written"][:, :, 1:], (keys / length)[:, :, :-1])
     assert not heard["written"][:, :, 0].any()
+
+
+def test_each_block_and_the_head_read_their_share_of_the_token():
+    """In a network whose blocks add nothing the stream is the token alone, normalized, as much of it as each of them asks for."""
+    model, x, heard = make(dtype=torch.float64), tokens(2, 9), []
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                p.zero_()
+        model.token_share.copy_(torch.tensor([1.5, -0.7, 0.3]))
+        for part in (*model.layers, model.out):
+            part.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+        model(x)
+        token = nn.functional.rms_norm(model.input_table()[x], (TINY.d_model,), eps=TINY.norm_eps)
+    for stream, share in zip(heard, (1.5, -0.7, 0.3), strict=True):
+        torch.testing.assert_close(stream, share * token)
 
 
 def test_an_untrained_memory_is_an_induction_head():
