@@ -308,8 +308,8 @@ class PulseOnDevice(OnDevice):
         self.blocks = nn.ModuleList(self.block(model.layers[i], target) for i in self.layers)
         self.constant("root_eps", model.config.norm_eps**0.5, 0, 1)
         self.constant("first_share", model.token_share[0], 0, 1)
-        for i, block in zip(self.layers, self.blocks):
-            block.constant("more", model.token_share[i + 1] - model.token_share[i], 0, 1)
+        for more, block in zip(model.token_share.diff()[first:last], self.blocks):
+            block.constant("more", more, 0, 1)
         if last == model.config.n_layer:
             self.out = NeuronOnDevice(model.out, target, 1)
             self.make_head(model.lm_head.weight)

@@ -97,8 +97,8 @@ def package_weights(model, packages: list[Package], nets: list, dtype) -> tuple[
     for p in reference.parameters():
         p.data = p.data.half().float()
     if isinstance(reference, Pulse):  # of the token's shares the package holds how much is added from block to block
-        shares = model.token_share.detach()
-        reference.token_share.data = torch.diff(shares, prepend=shares.new_zeros(1)).half().float().cumsum(0)
+        first, more = model.token_share.detach()[:1], model.token_share.detach().diff()
+        reference.token_share.data = torch.cat([first, more]).half().float().cumsum(0)
     errors, kept = {}, []
     for package, make in zip(packages, nets):
         held = package.function("decode").constants

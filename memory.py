@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from model import LOGITS, PRESETS, Flow, FlowConfig
+from loss import LOGITS
+from model import PRESETS, Flow, FlowConfig
 
 HEADINGS = {
     "weights": "weights", "gradients": "gradients", "muon": "Muon", "adamw": "AdamW", "bf16": "bf16 copies", "activations": "activations",

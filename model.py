@@ -1,4 +1,4 @@
-"""Flow: a transformer language model, the whole of it in one file.
+"""Flow: a transformer language model, the whole of it in one file but for the loss, which Pulse has too.
 
 Flow is Qwen3 (arXiv:2505.09388) with Gemma's mix of local and global layers (arXiv:2503.19786): pre-RMSNorm, grouped-query
 attention with QK-norm and RoPE, a sliding window in most layers, SwiGLU, tied embeddings, no biases. A Qwen3 folder from
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import by_hand
 from decode import Decoder
 from huggingface import config_from_hf, hf_name, read_weights
+from loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -311,48 +312,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.attn_norm(x), rope, cache)
         return x + self.mlp(self.mlp_norm(x))
-
-
-LOGITS = {"cpu": 2**23, "cuda": 2**25, "mps": 2**25}  # computed at once: 2**23 take a GPU 1.5 times as long, 2**27 are 1.2 GB more
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softmax(x Wᵀ) without ever holding the logits of all positions.
-
-    The gradient of a chunk of rows is known as soon as its logits are, so it is taken at once and the logits are dropped:
-    no recomputation, memory rows * V instead of B * T * V. (torch 2.13's F.linear_cross_entropy does the same but sums the
-    loss in bf16: off by 0.06 to 0.38 nats at V = 32,768.)
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """x [N, C] and weight [V, C] of one dtype, targets [N] with -1 = ignored -> the mean in nats, fp32."""
-        n_targets = (targets >= 0).sum().clamp(min=1)
-        losses, grad_x = [], torch.empty_like(x)
-        grad_w = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        rows = max(1, LOGITS[x.device.type] // weight.size(0))
-        for xc, tc, gc in zip(x.split(rows), targets.split(rows), grad_x.split(rows)):
-            kept, index = (tc >= 0)[:, None], tc.clamp(min=0)[:, None]
-            log_p = (xc @ weight.T).to(grad_w.dtype).log_softmax(-1)
-            losses.append(-(log_p.gather(1, index) * kept).sum())
-            if any(ctx.needs_input_grad):
-                p = log_p.exp_()
-                p.scatter_add_(1, index, torch.full_like(log_p[:, :1], -1.0))  # d loss / d logits = softmax - one-hot
-                p = p.mul_(kept / n_targets).to(x.dtype)
-                torch.mm(p, weight, out=gc)
-                grad_w += p.T @ xc
-        ctx.save_for_backward(grad_x, grad_w.to(weight.dtype))
-        return torch.stack(losses).sum() / n_targets
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None
-
-
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """LinearCrossEntropy, without its gradient where none is recorded: a Function sees that a parameter wants one, no_grad or not."""
-    return LinearCrossEntropy.apply(x, weight if torch.is_grad_enabled() else weight.detach(), targets)
 
 
 # ---- Flow ----

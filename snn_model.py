@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from loss import linear_cross_entropy
 from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Recall
-from model import linear_cross_entropy
 
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
@@ -207,7 +207,7 @@ def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Ten
     T, longest = s.size(1), late.size(1)
     sent = torch.cat([late.to(s.dtype), s], 1)
     arrived = [part[:, longest - d : longest - d + T] for d, part in zip(tokens, sent.tensor_split(len(tokens), -1))]
-    return torch.cat(arrived, -1), sent[:, T:].clone()
+    return torch.cat(arrived, -1) if len(arrived) > 1 else arrived[0], sent[:, T:].clone()  # a view would keep all of `sent` alive
 
 
 class Memory(nn.Module):
@@ -373,13 +373,13 @@ class Pulse(nn.Module):
             x = self.mapped(self.token_embedding(idx))
         # Normalized, so that a token is not lost among what the blocks add: a memory has to see which one it was.
         token = F.rms_norm(x, (self.config.d_model,), eps=self.config.norm_eps)
-        x = self.token_share[0] * token
+        x, more = self.token_share[0] * token, self.token_share.diff()
         for i, block in enumerate(self.layers):
             if self.checkpointing and self.training:
                 x, after = checkpoint(block, x, layers[i], use_reentrant=False)
             else:
                 x, after = block(x, layers[i])
-            x = x + (self.token_share[i + 1] - self.token_share[i]) * token
+            x = x + more[i] * token
             if state is not None:
                 state.layers[i] = after
         if state is not None:

@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import PRESETS, Flow, FlowConfig, LinearCrossEntropy, RMSNorm, band, causal_attention, generate, rope_table, rotate, sample_token
+from loss import LinearCrossEntropy
+from model import PRESETS, Flow, FlowConfig, RMSNorm, band, causal_attention, generate, rope_table, rotate, sample_token
 
 TINY = FlowConfig(vocab_size=97, n_layer=3, n_head=4, n_kv_head=2, d_model=32, head_dim=16, d_ff=48, window=8, global_every=3)
 
