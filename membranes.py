@@ -6,7 +6,10 @@ CPU the passes over memory that it would take, not the matrix products, are what
 B batch, T tokens, N neurons of a layer.
 """
 
+import importlib.util
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -72,19 +75,41 @@ class Drive(torch.autograd.Function):
         return grad_x, aligned.sum(rows), grad.sum(rows), None
 
 
+def compiled_apart(op: Callable, like: Callable) -> Callable:
+    """A function as one operation to torch.compile, which would unroll its loop; `like` makes tensors of the results' shapes."""
+    op = torch.library.custom_op(f"slms::{op.__name__}", op, mutates_args=())
+    op.register_fake(like)
+    return op
+
+
 def scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
     """U_t = beta_t U_{t-1} + x_t for all t, U_{-1} = carry.  x, beta [B, T, N], carry [B, N] -> U [B, T, N]
 
-    All chunks of the sequence take their L steps side by side, each from zero, and multiply up what they leave of the past. What
-    comes before a chunk follows from the chunks' ends by the same recurrence. `reverse` runs from the last token to the first.
+    `reverse` runs from the last token to the first. On a GPU the work of membranes_gpu.py, if Triton is installed.
     """
+    kernel = triton_scan() if x.is_cuda else None
+    return (kernel or chunked_scan)(x, beta, carry, reverse)
+
+
+@cache
+def triton_scan() -> Callable | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from membranes_gpu import scan
+
+    return scan
+
+
+def chunked_scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
+    """scan in PyTorch's operations. All chunks of the sequence take their L steps side by side, each from zero, and multiply up what
+    they leave of the past. What comes before a chunk follows from the chunks' ends by the same recurrence."""
     B, T, N = x.shape
     L = min(CHUNK, T)
     if T % L:
         pad = -T % L
         sides = (0, 0, pad, 0) if reverse else (0, 0, 0, pad)
-        U = scan(F.pad(x, sides), F.pad(beta, sides), carry, reverse)
-        return U[:, pad:] if reverse else U[:, :T]
+        U = chunked_scan(F.pad(x, sides), F.pad(beta, sides), carry, reverse)
+        return (U[:, pad:] if reverse else U[:, :T]).contiguous()
     x, beta = x.reshape(B, T // L, L, N), beta.reshape(B, T // L, L, N)
     U, left = torch.empty_like(x), torch.empty_like(beta)  # left = the product of the chunk's betas so far
     order = range(L - 1, -1, -1) if reverse else range(L)
@@ -96,9 +121,12 @@ def scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tenso
             torch.mul(left[:, :, before], beta[:, :, t], out=left[:, :, t])
     past = carry[:, None]  # of each chunk
     if T > L:
-        ends = scan(U[:, :, order[-1]], left[:, :, order[-1]], carry, reverse)
+        ends = chunked_scan(U[:, :, order[-1]], left[:, :, order[-1]], carry, reverse)
         past = torch.cat([ends[:, 1:], past] if reverse else [past, ends[:, :-1]], 1)
     return U.addcmul_(left, past[:, :, None]).view(B, T, N)
+
+
+scan = compiled_apart(scan, lambda x, beta, carry, reverse=False: torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
 class Leak(torch.autograd.Function):
@@ -123,6 +151,27 @@ class Leak(torch.autograd.Function):
         return grad, (U - current).mul_(grad), grad_mem  # dU/dz = beta (1 - beta) (U_{t-1} - I) = (1 - beta) (U_t - I)
 
 
+def recall(own: Tensor, seen: Tensor, kept: Tensor, left: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    S, W = first.new_empty(len(own) + 1, *first.shape), torch.empty_like(own)
+    S[0] = first
+    for i in range(len(own)):
+        torch.baddbmm(own[i], seen[i], S[i], alpha=-1, out=W[i])
+        torch.baddbmm(S[i] * left[i], kept[i].mT, W[i], out=S[i + 1])
+    return S, W
+
+
+def recall_gradients(seen: Tensor, kept: Tensor, left: Tensor, grad_S: Tensor, grad_W: Tensor) -> tuple[Tensor, Tensor]:
+    grad_S, grad_W = grad_S.clone(), grad_W.clone()
+    for i in range(len(grad_W) - 1, -1, -1):
+        grad_W[i].baddbmm_(kept[i], grad_S[i + 1])
+        grad_S[i].addcmul_(left[i], grad_S[i + 1]).baddbmm_(seen[i].mT, grad_W[i], alpha=-1)
+    return grad_S, grad_W
+
+
+recall = compiled_apart(recall, lambda own, seen, kept, left, first: (first.new_empty(len(own) + 1, *first.shape), torch.empty_like(own)))
+recall_gradients = compiled_apart(recall_gradients, lambda *args: tuple(map(torch.empty_like, args[-2:])))
+
+
 class Recall(torch.autograd.Function):
     """A matrix S that chunks of a sequence write in turn: W_i = own_i - seen_i S_i and S_{i+1} = left_i S_i + kept_iᵀ W_i.
 
@@ -134,20 +183,13 @@ class Recall(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, own: Tensor, seen: Tensor, kept: Tensor, left: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        S, W = first.new_empty(len(own) + 1, *first.shape), torch.empty_like(own)
-        S[0] = first
-        for i in range(len(own)):
-            torch.baddbmm(own[i], seen[i], S[i], alpha=-1, out=W[i])
-            torch.baddbmm(S[i] * left[i], kept[i].mT, W[i], out=S[i + 1])
+        S, W = recall(own, seen, kept, left, first)
         ctx.save_for_backward(seen, kept, left, S, W)
         return S, W
 
     @staticmethod
     def backward(ctx, grad_S: Tensor, grad_W: Tensor):
         seen, kept, left, S, W = ctx.saved_tensors
-        grad_S, grad_W = grad_S.clone(), grad_W.clone()
-        for i in range(len(W) - 1, -1, -1):
-            grad_W[i].baddbmm_(kept[i], grad_S[i + 1])
-            grad_S[i].addcmul_(left[i], grad_S[i + 1]).baddbmm_(seen[i].mT, grad_W[i], alpha=-1)
+        grad_S, grad_W = recall_gradients(seen, kept, left, grad_S, grad_W)
         left = (grad_S[1:] * S[:-1]).sum((-2, -1), keepdim=True)
         return grad_W, -(grad_W @ S[:-1].mT), W @ grad_S[1:].mT, left, grad_S[0]

@@ -10,6 +10,7 @@ from bench import TINY_PULSE
 from checkpoint import for_writing
 from device import Device
 from measure import TINY
+from membranes import chunked_scan, scan, triton_scan
 from model import Flow, generate
 from muon import build_optimizers
 from snn_model import Pulse
@@ -25,7 +26,7 @@ def test_flash_attention(H, K, D, T, window):
     q, k, v = (torch.randn(2, T, h, D, dtype=torch.float64).transpose(1, 2) for h in (H, K, K))
     grad, results = torch.randn_like(q), []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.bfloat16)):
-        inputs = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+        inputs = [x.to(device, dtype).detach().requires_grad_() for x in (q, k, v)]
         assert flow.flashes(*inputs[:2]) == (device == "cuda")
         out = flow.causal_attention(*inputs, window)
         out.backward(grad.to(device, dtype))
@@ -53,10 +54,20 @@ def test_writing(name):
     assert (steps >= 0).sum(0).tolist() == [6, 6]
 
 
-def test_compiled_blocks_train_like_plain_ones():
+@pytest.mark.parametrize(("B", "T", "N"), [(2, 1, 5), (3, 70, 40), (2, 2048, 100)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_scan_of_a_gpu(B, T, N, reverse):
+    x, beta, carry = (torch.rand(shape, dtype=torch.float64, device="cuda") for shape in ((B, T, N), (B, T, N), (B, N)))
+    expected = chunked_scan(x.cpu(), beta.cpu(), carry.cpu(), reverse)
+    torch.testing.assert_close(triton_scan()(x, beta, carry, reverse).cpu(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scan(x, beta, carry, reverse).cpu(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compiled_blocks_train_like_plain_ones(name):
     device, losses = Device("cuda"), []
-    plain = Flow(TINY).cuda()
-    compiled, x = copy.deepcopy(plain), torch.randint(TINY.vocab_size, (4, 65), device="cuda")
+    plain = NETWORKS[name]().cuda()
+    compiled, x = copy.deepcopy(plain), torch.randint(plain.config.vocab_size, (4, 65), device="cuda")
     compile_parts(compiled)
     for network in (plain, compiled):
         optimizers = build_optimizers(network, 1e-3)
