@@ -223,7 +223,7 @@ class NeuronOnDevice(OnDevice):
 
     def __init__(self, neuron, target: str, Q: int):
         super().__init__(target, Q)
-        self.num_steps, self.gated = neuron.config.num_steps, neuron.gate_gain is not None
+        self.num_steps, self.gated, self.least = neuron.config.num_steps, neuron.gate_gain is not None, THRESHOLD + neuron.rheobase
         self.leaky, self.signed, self.normed, self.square = neuron.leaky, neuron.signed, neuron.normed, neuron.square
         # coremltools makes a batch_norm of x * gain + bias, whose epsilon of 1e-5 flips spikes; subtraction it leaves alone.
         constants = {"gain": neuron.gain, "minus_bias": -neuron.bias}
@@ -238,8 +238,8 @@ class NeuronOnDevice(OnDevice):
     def fire(self, mem: Tensor) -> Tensor:
         """A membrane n thresholds high fires n spikes, at most num_steps."""
         if not self.signed:
-            return (mem - THRESHOLD).ceil().clamp(0, self.num_steps)
-        return (mem.abs() - THRESHOLD).ceil().clamp(0, self.num_steps) * mem.sign()
+            return (mem - self.least).ceil().clamp(0, self.num_steps)
+        return (mem.abs() - self.least).ceil().clamp(0, self.num_steps) * mem.sign()
 
     def drive(self, x: Tensor, gain: Tensor, minus_bias: Tensor) -> Tensor:
         return (rms_norm(x, self.root_eps, self.c) if self.normed else x) * gain - minus_bias

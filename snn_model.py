@@ -50,6 +50,7 @@ class PulseConfig:
     num_steps: int = 16  # micro-steps per token = most spikes that a neuron fires per token
     # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens, 2 % worse in 500 steps. 32 is no better.
     tau_max: float = 4.0
+    rheobase: float = 1.0  # of the neurons that encode the stream: weaker currents stay silent, so that finer steps cost no more spikes
     leak: str = "gated"  # the time constants are set by every token, "learned" one per neuron, or "fixed"
     n_head: int = 2  # heads of the associative memory
     memory_every: int = 3  # layer i has a memory when (i + 1) % memory_every == 0
@@ -61,6 +62,8 @@ class PulseConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         if not 1 <= self.tau_max < math.inf:
             raise ValueError(f"tau_max={self.tau_max} must be at least 1 token, 1 is a neuron without memory")
+        if not 0 <= self.rheobase < math.inf:
+            raise ValueError(f"rheobase={self.rheobase} must be at least 0, in thresholds; 0 is none")
         if self.leak not in LEAKS:
             raise ValueError(f"leak={self.leak} must be one of {', '.join(LEAKS)}")
         if self.d_model % (2 * self.n_head):
@@ -113,17 +116,20 @@ class Neuron(snntorch.Leaky):
     not reset by firing within a sequence. The time constant, beta = 1 - 1 / tau, is learned for each neuron, or chosen token by
     token by a second input g, the gate: beta_t = sigmoid(g_t / rms(g_t) * gate_gain + logit(beta)). A membrane can then let go of
     the past in one token, or hold what it has while thirty pass. With `tau` [N] = None nothing lasts from token to token.
-    With `square` the current is relu(I)², as in arXiv:2109.08668: a neuron then computes with products of its inputs.
+    With `square` the current is relu(I)², as in arXiv:2109.08668: a neuron then computes with products of its inputs. With a
+    `rheobase`, the least current that drives a neuron, spikes_t = fire(U_t - rheobase), signed: fire(sign(U_t) (|U_t| - rheobase)).
     """
 
     def __init__(
-        self, n: int, config: PulseConfig, gain: float, tau: Tensor | None = None, gated=False, signed=False, normed=True, square=False
-    ):
+        self, n: int, config: PulseConfig, gain: float, tau: Tensor | None = None, gated=False, signed=False, normed=True, square=False,
+        rheobase=0.0,
+    ):  # fmt: skip
         super().__init__(0.0, THRESHOLD, reset_mechanism="none")
         snntorch.SpikingNeuron.instances.pop()  # snntorch's list of all neurons would keep every model alive for ever
         del self.beta  # a number there; here it follows from parameters and input, and is no part of a checkpoint
         self.register_buffer("beta", torch.zeros(()), persistent=False)
         self.config, self.leaky, self.signed, self.normed, self.square = config, tau is not None, signed, normed, square
+        self.rheobase = rheobase
         self.price = 0.0  # of a spike in the loss, set by Pulse.forward
         self.gain = nn.Parameter(torch.full((n,), gain))
         if self.leaky and not gated:
@@ -136,7 +142,7 @@ class Neuron(snntorch.Leaky):
         """Spike counts of membranes, in the dtype of the matrix product that follows (counts are exact in any)."""
         device = mem.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mem.dtype
-        return Fire.apply(mem, self.config.num_steps, self.signed, dtype, self.price)
+        return Fire.apply(mem, self.rheobase, self.config.num_steps, self.signed, dtype, self.price)
 
     def drive(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 membranes would flip 0.6 % of the spikes
@@ -157,6 +163,12 @@ class Neuron(snntorch.Leaky):
             return spikes[:, None], mem
         U = Leak.apply(current, z, mem)
         return self.fire(U), U[:, -1].clone()  # a view would keep the membranes of all tokens alive
+
+
+def encoder(config: PulseConfig, gain: float | None = None) -> Neuron:
+    """Neurons that turn real numbers [B, T, C] into counts. Driven as far above their rheobase as they would be without one."""
+    gain = GAIN + config.rheobase if gain is None else gain
+    return Neuron(config.d_model, config, gain, signed=True, rheobase=config.rheobase)
 
 
 def time_constants(n: int, longest: float) -> Tensor:
@@ -222,11 +234,11 @@ class Memory(nn.Module):
     def __init__(self, config: PulseConfig):
         super().__init__()
         C, self.config = config.d_model, config
-        self.encode = Neuron(C, config, GAIN, signed=True)
+        self.encode = encoder(config)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
         self.q = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.k = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
-        self.v = Neuron(C, config, GAIN, signed=True)
+        self.v = encoder(config)
         self.o = Neuron(C, config, READ_GAIN, signed=True, normed=False)
         self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)  # log a_t and b_t per head and token
 
@@ -272,7 +284,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: PulseConfig):
         super().__init__()
-        self.encode = Neuron(config.d_model, config, GAIN, signed=True)
+        self.encode = encoder(config)
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.hidden = Neuron(config.d_ff, config, SQUARE_GAIN, square=True)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
@@ -290,7 +302,7 @@ class Block(nn.Module):
         super().__init__()
         C, N, self.config, gated = config.d_model, config.d_hidden, config, config.is_gated()
         self.memory = Memory(config) if config.has_memory(layer) else None
-        self.encode = Neuron(C, config, GAIN, signed=True)
+        self.encode = encoder(config)
         self.in_proj = nn.Linear(C, N, bias=False)
         self.gate_proj = nn.Linear(C, N, bias=False) if gated else None
         tau = time_constants(N, config.tau_max) if config.tau_max > 1 else None
@@ -333,7 +345,7 @@ class Pulse(nn.Module):
         self.cross_entropy = linear_cross_entropy  # train.py --compile replaces it
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.out = Neuron(config.d_model, config, OUT_GAIN, signed=True)
+        self.out = encoder(config, OUT_GAIN)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight
         nn.init.normal_(self.token_embedding.weight, std=0.02)

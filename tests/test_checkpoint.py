@@ -41,10 +41,10 @@ def test_unreadable_checkpoints_are_refused(finished, tmp_path):
     save_checkpoint(tmp_path / "other.pt", checkpoint | {"model": "other"})
     with pytest.raises(InputError, match="holds a other model, not flow"):
         load_model(tmp_path / "other.pt")
-    checkpoint["weights"] = {name: p for name, p in checkpoint["weights"].items() if name != "norm.weight"}
-    save_checkpoint(tmp_path / "older.pt", checkpoint)
-    with pytest.raises(InputError, match="has the weights of another version of this flow: train it again"):
-        load_model(tmp_path / "older.pt")
+    for part, name in (("weights", "norm.weight"), ("config", "norm_eps")):
+        save_checkpoint(tmp_path / "older.pt", checkpoint | {part: {key: x for key, x in checkpoint[part].items() if key != name}})
+        with pytest.raises(InputError, match="has the weights of another version of this flow: train it again"):
+            load_model(tmp_path / "older.pt")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):

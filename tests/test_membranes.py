@@ -1,6 +1,7 @@
 """Firing, currents and leaks of whole sequences, and the neuron made of them, against snntorch's own steps and loops over tokens."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -31,19 +32,20 @@ def test_fire_equals_micro_steps_of_snntorch(K, dtype):
     up, down = torch.nextafter(n, torch.full_like(n, math.inf)), torch.nextafter(n, torch.full_like(n, -math.inf))
     U = torch.cat([n, up, down, n + 0.5, big, torch.randn(5000, generator=torch.Generator().manual_seed(K), dtype=dtype) * K])
     config = dataclasses.replace(CONFIG, num_steps=K)
-    for signed in (False, True):
-        counts = Neuron(U.numel(), config, 1.0, signed=signed).fire(U)
-        assert torch.equal(counts, micro_steps(U, K) - (micro_steps(-U, K) if signed else 0))
+    for signed, rheobase in itertools.product((False, True), (0.0, 1.0, 2.5)):
+        counts = Neuron(U.numel(), config, 1.0, signed=signed, rheobase=rheobase).fire(U)
+        assert torch.equal(counts, micro_steps(U - rheobase, K) - (micro_steps(-U - rheobase, K) if signed else 0))
         assert counts.max() == K and counts.min() == (-K if signed else 0)
 
 
+@pytest.mark.parametrize("rheobase", [0.0, 1.0])
 @pytest.mark.parametrize("K", [1, 4])
-def test_surrogate_counts_every_level_once(K):
+def test_surrogate_counts_every_level_once(K, rheobase):
     """Its area is K, as the staircase rises by K (micro-steps backpropagated through would give more); no neuron is out of reach."""
     config, U = dataclasses.replace(CONFIG, num_steps=K), torch.linspace(-12, 12, 400_001, dtype=torch.double).sinh().requires_grad_()
     slopes = []
     for signed in (False, True):
-        counts = Neuron(U.numel(), config, 1.0, signed=signed).fire(U)
+        counts = Neuron(U.numel(), config, 1.0, signed=signed, rheobase=rheobase).fire(U)
         slopes.append(torch.autograd.grad(counts.sum(), U)[0])
     plain, both = slopes
     U = U.detach()

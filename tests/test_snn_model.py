@@ -283,7 +283,7 @@ def test_causal_bitwise(dtype):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tau_max": 1.0}, {"leak": "learned"}, {"memory_every": 9}, {"n_layer": 3, "memory_every": 1, "num_steps": 8}],
+    [{}, {"tau_max": 1.0}, {"rheobase": 0.0}, {"leak": "learned"}, {"memory_every": 9}, {"n_layer": 3, "memory_every": 1, "num_steps": 8}],
 )
 def test_whole_chunked_and_single_tokens_agree(changes):
     model, x = make(dataclasses.replace(TINY, **changes), dtype=torch.float64), tokens(2, 4 * CHUNK + 3)
@@ -462,6 +462,7 @@ def test_every_parameter_of_a_fresh_model_learns():
         (dict(num_steps=0), "num_steps=0 must be at least 1"),
         (dict(n_layer=0), "n_layer=0 must be at least 1"),
         (dict(tau_max=0.5), "tau_max=0.5 must be at least 1 token"),
+        (dict(rheobase=-1.0), "rheobase=-1.0 must be at least 0"),
         (dict(leak="none"), "leak=none must be one of gated, learned, fixed"),
         (dict(d_model=18), r"d_model=18 must be a multiple of 2 \* n_head=4"),
     ],
