@@ -57,8 +57,8 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_weights(network, checkpoint: dict, path: Path):
     """Put a checkpoint's weights into a network of its sizes. Raises InputError when the network has others by now, or other settings."""
-    settings = dataclasses.asdict(network.config).keys()
-    if network.state_dict().keys() != checkpoint["weights"].keys() or settings != checkpoint["config"].keys():
+    same = network.state_dict().keys() == checkpoint["weights"].keys() and vars(network.config).keys() == checkpoint["config"].keys()
+    if not same:
         name = checkpoint["model"]
         raise InputError(f"{path} has the weights of another version of this {name}: train it again, or use that version")
     network.load_state_dict(checkpoint["weights"])

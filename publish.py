@@ -122,7 +122,10 @@ def read_folder(folder: str | Path):
     try:
         config = read_json(folder / "config.json")
         if config.get("model_type") == "pulse":
-            model = Pulse(PulseConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+            del config["model_type"]
+            model = Pulse(PulseConfig(**config))
+            if missing := vars(model.config).keys() - config.keys():  # they would be today's defaults
+                raise ValueError(f"its config.json, of another version, lacks {', '.join(sorted(missing))}")
             weights = read_weights(folder, torch.float32)
             model.load_state_dict(weights | {"lm_head.weight": weights["token_embedding.weight"]})
         else:

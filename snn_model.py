@@ -166,9 +166,8 @@ class Neuron(snntorch.Leaky):
 
 
 def encoder(config: PulseConfig, gain: float | None = None) -> Neuron:
-    """Neurons that turn real numbers [B, T, C] into counts. Driven as far above their rheobase as they would be without one."""
-    gain = GAIN + config.rheobase if gain is None else gain
-    return Neuron(config.d_model, config, gain, signed=True, rheobase=config.rheobase)
+    """Neurons that turn real numbers [B, T, C] into counts. The higher their rheobase, the harder they are driven, but for the head."""
+    return Neuron(config.d_model, config, gain or GAIN + config.rheobase, signed=True, rheobase=config.rheobase)
 
 
 def time_constants(n: int, longest: float) -> Tensor:

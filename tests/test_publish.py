@@ -73,6 +73,11 @@ def test_a_pulse_folder_comes_back(runs, tmp_path):
     again, their_tokenizer = publish.read_folder(tmp_path / "hf")
     assert again.config == ours.config and their_tokenizer.to_str() == tokenizer.to_str()
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "rheobase"}))
+    with pytest.raises(InputError, match="of another version, lacks rheobase"):
+        publish.read_folder(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="is not a folder of"):
         publish.read_folder(tmp_path / "hf")
