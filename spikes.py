@@ -37,6 +37,17 @@ def only_pulse(model: nn.Module):
         raise InputError(f"{type(model).__name__} does not spike: choose a Pulse, with --model=pulse or --ckpt")
 
 
+def in_phases(counts: Tensor, num_steps: int) -> Tensor:
+    """Spikes that counts take in a phase code: the ones among the binary digits of |count|. Same shape, int32.
+
+    The threshold of a neuron then starts at the largest power of two up to K and halves with every micro-step, and a spike takes as
+    much from the membrane as it is worth to who receives it: log2(K) micro-steps instead of K, and the same counts (few-spike
+    neurons, arXiv:2002.00860; weighted spikes, doi 10.1016/j.neucom.2018.05.087).
+    """
+    size = counts.abs().int()
+    return sum(size >> digit & 1 for digit in range(num_steps.bit_length()))
+
+
 @torch.no_grad()
 def firing_rates(model: Pulse, idx: Tensor) -> dict[str, dict]:
     """How the neurons that feed each matrix fire while the model reads idx [B, T].  Name of the matrix, or of the neurons q and k
@@ -45,6 +56,7 @@ def firing_rates(model: Pulse, idx: Tensor) -> dict[str, dict]:
         neurons      n
         nonzero      share of (neuron, token) pairs with at least one spike
         spikes       mean |count| per neuron and token, 0 to K
+        phased       the same if counts are sent in a phase code, 0 to log2(K)
         silent       share of neurons that never fired
         saturated    share of neurons that fired K spikes at every token
 
@@ -61,6 +73,7 @@ def firing_rates(model: Pulse, idx: Tensor) -> dict[str, dict]:
                 "neurons": size.size(1),
                 "nonzero": (size > 0).float().mean().item(),
                 "spikes": size.mean().item(),
+                "phased": in_phases(size, model.config.num_steps).float().mean().item(),
                 "silent": (most == 0).float().mean().item(),
                 "saturated": (least == model.config.num_steps).float().mean().item(),
             }
@@ -107,17 +120,22 @@ def energy(model: Pulse, idx: Tensor, flow_config: FlowConfig | None = None) -> 
     memory head D² for the leak of S and 5 D for the scaling. Flow's MACs are those of its matrices and of attention, averaged
     over T positions: a sixth of its training FLOPs (2 per MAC, once forward, twice backward). Raises InputError when it is no Pulse.
 
-    Returns {"tokens": T, "rows": [...], "pulse": {...}, "flow": {...}}; "synops", "macs" (what a dense network would compute) and
-    "nj" (nanojoules) are per token. "pulse" has "spikes_per_synapse" = synops / macs of the matrices, and "accumulates" = the share
-    of all MACs that became accumulates.
+    Returns {"tokens": T, "rows": [...], "pulse": {...}, "phased": {...}, "flow": {...}}; "synops", "macs" (what a dense network would
+    compute) and "nj" (nanojoules) are per token. "pulse" has "spikes_per_synapse" = synops / macs of the matrices, and "accumulates"
+    = the share of all MACs that became accumulates. "phased" has "synops", "nj" and "spikes_per_synapse" of the same counts in a
+    phase code (see in_phases): every sum is then doubled from one micro-step to the next, which is counted as one accumulate more.
     """
     rates, config = firing_rates(model, idx), model.config
     rows, D, fan_out = [], config.d_model // config.n_head, dict(model.fan_outs())
+    phased, doublings = 0.0, 0
     for name, rate in rates.items():
         module = model.get_submodule(name)
-        synapses = module.weight.numel() if isinstance(module, nn.Linear) else rate["neurons"] * fan_out[module]
+        dense = isinstance(module, nn.Linear)
+        synapses = module.weight.numel() if dense else rate["neurons"] * fan_out[module]
         synops = rate["spikes"] * synapses
         rows.append({"name": name, **rate, "synops": synops, "macs": synapses, "nj": synops * ACCUMULATE / 1e3})
+        phased += rate["phased"] * synapses
+        doublings += (config.num_steps.bit_length() - 1) * (module.out_features if dense else config.n_head * fan_out[module])
     synops, matrices = sum(row["synops"] for row in rows), sum(row["macs"] for row in rows)
     memories = sum(block.memory is not None for block in model.layers) * config.n_head * (D * D + 5 * D)
     leaks = sum(2 * neuron.leak.numel() for neuron in model.modules() if isinstance(neuron, Neuron) and neuron.leaky)
@@ -127,19 +145,21 @@ def energy(model: Pulse, idx: Tensor, flow_config: FlowConfig | None = None) -> 
     pulse = {"parameters": config.num_params(), "synops": synops, "macs": macs, "nj": sum(row["nj"] for row in rows)}
     pulse |= {what: mean_over_neurons(rates, what) for what in ("nonzero", "spikes")}
     pulse |= {"spikes_per_synapse": synops / matrices, "accumulates": matrices / macs}
+    rest = pulse["nj"] - synops * ACCUMULATE / 1e3
+    phased = {"synops": phased + doublings, "nj": (phased + doublings) * ACCUMULATE / 1e3 + rest, "spikes_per_synapse": phased / matrices}
     flow = flow_config or nearest_flow(config)
     flow_macs = flow.flops_per_token(idx.size(1)) / 6
     flow = {"parameters": flow.num_params(), "macs": flow_macs, "nj": flow_macs * MULTIPLY_ACCUMULATE / 1e3}
-    return {"tokens": idx.size(1), "rows": rows, "pulse": pulse, "flow": flow}
+    return {"tokens": idx.size(1), "rows": rows, "pulse": pulse, "phased": phased, "flow": flow}
 
 
 def energy_table(report: dict) -> str:
     """The result of energy() as text: a line per matrix, Pulse and Flow in all, and what the figures leave out."""
-    pulse, flow = report["pulse"], report["flow"]
+    pulse, phased, flow = report["pulse"], report["phased"], report["flow"]
     rows = [*report["rows"]]
     rows += [{"name": f"{name}, {row['parameters']:,} parameters", **row} for name, row in (("Pulse", pulse), ("Flow", flow))]
-    columns = {"nonzero": "{:.1%}", "spikes": "{:.3f}", "synops": "{:,.0f}", "macs": "{:,.0f}", "nj": "{:,.2f}"}
-    names = dict(zip(columns, ("nonzero", "spikes/neuron", "accumulates", "dense MACs", "nJ")))
+    columns = {"nonzero": "{:.1%}", "spikes": "{:.3f}", "phased": "{:.3f}", "synops": "{:,.0f}", "macs": "{:,.0f}", "nj": "{:,.2f}"}
+    names = dict(zip(columns, ("nonzero", "spikes/neuron", "phased", "accumulates", "dense MACs", "nJ")))
     lines = [[f"per token of {report['tokens']:,}", *names.values()]]
     lines += [[row["name"], *(form.format(row[column]) if column in row else "-" for column, form in columns.items())] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -151,6 +171,8 @@ def energy_table(report: dict) -> str:
             "",
             f"Flow / Pulse: {flow['nj'] / pulse['nj']:.2f} times the energy; {pulse['spikes_per_synapse']:.3f} spikes per synapse and "
             f"token; {pulse['accumulates']:.1%} of Pulse's MACs became accumulates.",
+            f"In phases, a spike for each 1 of a count in binary: {flow['nj'] / phased['nj']:.2f} times; "
+            f"{phased['spikes_per_synapse']:.3f} spikes per synapse and token.",
             f"{ACCUMULATE} pJ per accumulate, {MULTIPLY_ACCUMULATE} pJ per MAC (fp32, 45 nm, Horowitz 2014). Left out: {LEFT_OUT}.",
         ]
     )

@@ -68,19 +68,36 @@ def test_rates_are_those_counted_one_by_one(bf16, monkeypatch):
         fed = inputs_of_matrices(model, idx, monkeypatch)
     assert list(rates) == list(fed) and "lm_head" in rates
     for name, rows in fed.items():
-        n, fired, total, silent, saturated = len(rows[0]), 0, 0, 0, 0
+        n, fired, total, ones, silent, saturated = len(rows[0]), 0, 0, 0, 0, 0
         for neuron in range(n):
             column = [abs(row[neuron]) for row in rows]
             assert all(count in (0, 1, 2, 3) for count in column)
             fired += sum(count > 0 for count in column)
             total += sum(column)
+            ones += sum(f"{int(count):b}".count("1") for count in column)
             silent += all(count == 0 for count in column)
             saturated += all(count == 3 for count in column)
         pairs = n * len(rows)
-        expected = {"nonzero": fired / pairs, "spikes": total / pairs, "silent": silent / n, "saturated": saturated / n}
+        expected = {"nonzero": fired / pairs, "spikes": total / pairs, "phased": ones / pairs}
+        expected |= {"silent": silent / n, "saturated": saturated / n}
         assert rates[name] == pytest.approx({"neurons": n, **expected}), name
     out = rates["layers.0.out_proj"]
     assert out["silent"] >= 3 / 20 and out["saturated"] >= 2 / 20
+
+
+@pytest.mark.parametrize("K", [1, 3, 8, 15, 16])
+def test_phases_are_micro_steps_of_snntorch_with_halving_thresholds(K):
+    U = torch.cat([torch.arange(-2, 40) / 2, torch.randn(5000, generator=torch.Generator().manual_seed(K)) * K, torch.tensor([1e6])])
+    counts = Neuron(U.numel(), PulseConfig(num_steps=K), 1.0).fire(U)
+    left, sent, fired = U.clamp(max=K + 1), torch.zeros_like(U), torch.zeros_like(U)
+    for digit in reversed(range(K.bit_length())):
+        worth = 2.0**digit
+        neuron = snntorch.Leaky(beta=1.0, threshold=worth, reset_mechanism="subtract", graded_spikes_factor=worth)
+        spike, mem = neuron(left, torch.zeros_like(left))
+        _, left = neuron(torch.zeros_like(left), mem)  # snntorch resets one micro-step after firing
+        sent, fired = sent + spike, fired + (spike > 0)
+    assert torch.equal(sent, counts) and counts.max() == K
+    assert torch.equal(fired, spikes.in_phases(counts, K).float()) and torch.equal(fired, spikes.in_phases(-counts, K).float())
 
 
 def test_summary_counts_a_neuron_once(monkeypatch):
@@ -118,6 +135,7 @@ def test_energy_of_pulse(monkeypatch):
     fed = inputs_of_matrices(model, idx, monkeypatch)
     report = spikes.energy(model, idx)
     rows, synops, matrices = {row["name"]: row for row in report["rows"]}, 0, 0
+    phased, doubled = 0, 0
     H, D = 2, 8
     fan_outs = {"layers.1.memory.q": D, "layers.1.memory.k": 2 * D}  # q reads S, k is recalled from it and written to it
     for name, counts in fed.items():
@@ -126,6 +144,8 @@ def test_energy_of_pulse(monkeypatch):
         assert rows[name]["synops"] == pytest.approx(here) and rows[name]["macs"] == fan_out * n
         assert rows[name]["nj"] == pytest.approx(here * 0.9 / 1000)
         synops, matrices = synops + here, matrices + fan_out * n
+        phased += sum(f"{abs(int(count)):b}".count("1") * fan_out for row in counts for count in row) / len(counts)
+        doubled += H * fan_out if name in fan_outs else fan_out  # K = 3 takes two micro-steps: each sum is doubled once
     # One token through the associative memory of the one block that has it, counted by torch and by hand.
     q, k, v = torch.randn(3, 1, H, 1, D)
     with FlopCounterMode(display=False) as counter:
@@ -140,6 +160,10 @@ def test_energy_of_pulse(monkeypatch):
     assert pulse["nj"] == pytest.approx((synops * 0.9 + (pulse["macs"] - matrices) * 4.6) / 1000)
     assert pulse["spikes_per_synapse"] == pytest.approx(synops / matrices)
     assert pulse["accumulates"] == pytest.approx(matrices / pulse["macs"])
+    in_phases = report["phased"]
+    assert phased < synops and in_phases["synops"] == pytest.approx(phased + doubled)
+    assert in_phases["nj"] == pytest.approx(((phased + doubled) * 0.9 + (pulse["macs"] - matrices) * 4.6) / 1000)
+    assert in_phases["spikes_per_synapse"] == pytest.approx(phased / matrices)
 
 
 def test_no_membranes_and_no_memories_cost_nothing():
@@ -184,12 +208,13 @@ def test_nearly_all_multiplications_become_accumulates():
 def test_the_table_is_aligned_and_says_what_is_missing():
     model, idx = tiny()
     text = spikes.energy_table(spikes.energy(model, idx))
-    rows, (comparison, last) = text.split("\n\n")[:2], text.split("\n")[-2:]
+    rows, (comparison, phases, last) = text.split("\n\n")[:2], text.split("\n")[-3:]
     lines = "\n".join(rows).splitlines()
     assert len({len(line) for line in lines}) == 1 and not any(line.endswith(" ") for line in lines) and max(map(len, lines)) <= 100
     for name in (*spikes.firing_rates(model, idx), "memories", "membranes", "Pulse", "Flow"):
         assert sum(line.startswith((f"{name} ", f"{name},")) for line in lines) == 1, name
     assert "times the energy" in comparison and "spikes per synapse and token" in comparison and "became accumulates" in comparison
+    assert phases.startswith("In phases") and "spikes per synapse and token" in phases
     for left_out in ("data movement", "norms", "residual additions", "embedding lookup", "softmax"):
         assert left_out in last
 
