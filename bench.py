@@ -32,7 +32,7 @@ import peers
 import prepare
 import snn_model
 import train
-from bench_gpu import gpu_attention, gpu_decoding, gpu_memory, gpu_training
+from bench_gpu import gpu_attention, gpu_decoding, gpu_memory, gpu_pulse, gpu_training
 from checkpoint import save_checkpoint
 from curves import read_log
 from decode import Decoder
@@ -344,7 +344,8 @@ def startup(bench: Bench):
 
 ROWS = {row.__name__: row for row in (
     flow_training, flow_to_bpb, muon_training, optimizer_step, decoding, decoding_bandwidth, decoding_batch, pulse_training,
-    pulse_beside_flow, pulse_context, flow_context, preparation, ranks, startup, gpu_training, gpu_memory, gpu_decoding, gpu_attention,
+    pulse_beside_flow, pulse_context, flow_context, preparation, ranks, startup, gpu_training, gpu_pulse, gpu_memory, gpu_decoding,
+    gpu_attention,
 )}  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The rows of bench.py that need a GPU: training, its memory, decoding, attention."""
+"""The rows of bench.py that need a GPU: training, of Pulse too, its memory, decoding, attention."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+import membranes
 import memory
 import peers
 import train
@@ -14,6 +15,7 @@ from measure import TINY, Bench, greedy, medians, micro_step, tokens, update
 from model import PRESETS, Flow, attention_in_blocks, band, causal_attention
 from muon import build_optimizers
 from prepare import InputError
+from snn_model import PRESETS as PULSE_PRESETS, Pulse
 
 
 def gpu() -> Device:
@@ -43,6 +45,28 @@ def gpu_training(bench: Bench):
             rate = config.flops_per_token(seq_len) * n / seconds
             bench.record(f"{figure}, {kind}", rate / 1e12, "TFLOP/s", f"peak, {where}", peak / 1e12, goal, {kind: times[kind]})
         bench.record(f"{name}, clipping and optimizers", last * 1e3, "ms", "whole step, compiled", steps[0] * 1e3)
+
+
+def gpu_pulse(bench: Bench):
+    """Forward and backward of Pulse small: compiled, not, and with the scan in PyTorch's operations; against Flow small, not compiled."""
+    device, name = gpu(), "nano" if bench.quick else "small"
+    for seq_len in (16, 64) if bench.quick else (256, 2048):
+        with device.torch:
+            plain, compiled, flow = Pulse(PULSE_PRESETS[name]), Pulse(PULSE_PRESETS[name]), Flow(PRESETS[name])
+        train.compile_parts(compiled)
+        x, y = tokens(flow.config, 2 if bench.quick else train.RECIPES[name].tokens_per_step // seq_len, seq_len, device.torch)
+        jobs = {"compiled": micro_step(compiled, x, y, device), "not compiled": micro_step(plain, x, y, device)}
+
+        def without_kernel(job: Callable = jobs["not compiled"], kernel: Callable = membranes.triton_scan):
+            membranes.triton_scan = lambda: None
+            job()
+            membranes.triton_scan = kernel
+
+        jobs |= {"scan in PyTorch's operations": without_kernel, "Flow": micro_step(flow, x, y, device)}
+        times = bench.alternate(jobs)
+        *ours, against = (seconds * 1e3 for seconds in medians(times))
+        for kind, ms in zip(jobs, ours):
+            bench.record(f"Pulse {name}, {len(x)} x {seq_len:,} tokens, {kind}", ms, "ms", "Flow", against, None, {kind: times[kind]})
 
 
 def gpu_memory(bench: Bench):

@@ -37,7 +37,7 @@ def test_every_row(tmp_path):
     assert report["quick"] and report["repeats"] == 1 and report["machine"]["torch"] == torch.__version__
     lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     skipped = {line[0][2:] for line in lines if line[1].startswith("not run: ")}
-    needs_gpu = {"gpu_training", "gpu_memory", "gpu_decoding", "gpu_attention"}
+    needs_gpu = {"gpu_training", "gpu_pulse", "gpu_memory", "gpu_decoding", "gpu_attention"}
     assert skipped == (set() if torch.cuda.is_available() else needs_gpu), done.stdout  # says why
     assert list(dict.fromkeys(line[0][2:] for line in lines)) == list(ROWS)
     results = report["results"]
