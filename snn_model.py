@@ -432,6 +432,18 @@ class Pulse(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             return rows @ self.input_map
 
+    @torch.no_grad()
+    def shorten(self, factor: float):
+        """Multiply the matrices whose results are normalized by a factor. What the network computes stays, but for norm_eps.
+
+        Only their direction matters, and training makes them many times longer, so that a step of the same length turns them ever
+        less. A restart of the learning rate is none for them unless they are short again.
+        """
+        normalized = tuple(f".{name}_proj.weight" for name in ("in", "gate", "up", "q", "k", "v"))
+        for name, weight in self.layers.named_parameters():
+            if name.endswith(normalized):
+                weight *= factor
+
     def muon_params(self) -> list[nn.Parameter]:
         """The big hidden matrices, for Muon; embedding, betas, gains, biases and the memory's decay and write are AdamW's."""
         return [self.input_map, *(m.weight for m in self.layers.modules() if isinstance(m, nn.Linear) and m.bias is None)]

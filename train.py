@@ -45,7 +45,7 @@ class Recipe:
     tokens_per_step: int  # of one process and one micro-step: batch_size * seq_len
     grad_accum: int
     steps: tuple[int, int, int]  # optimizer steps of phases 1, 2, 3
-    lr: float
+    lr: float  # the peak of phases 1 and 2
 
 
 # nano's learning rate is from a sweep over whole curricula, seed 0: for Flow 0.003 ends 0.2 to 0.6 % lower and solves fewer problems,
@@ -58,6 +58,8 @@ RECIPES = {
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.001),
 }
 RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So little costs no bits per byte and saves a fifth of the spikes
+PEAKS = {1: 1.0, 2: 1.0, 3: 0.5}  # of the preset's learning rate; with all of it the short phase 3 forgets more than it teaches
+SHORTEN = 0.25  # of Pulse: what is left at the start of phase 2 of the matrices of which only the direction matters
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak, at the end of a phase
 CHINCHILLA = 20  # tokens per parameter that use a training budget best (arXiv:2203.15556)
@@ -206,9 +208,10 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, help="sequences per process and micro-step (default: the preset's tokens / seq_len)")
     parser.add_argument("--grad_accum", type=int, help="micro-steps per optimizer step (default: the preset's)")
     parser.add_argument("--seq_len", type=int, help="window in tokens (default: the phase's, 256, 1024 or 2048)")
-    parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's)")
+    parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's, in phase 3 half of it)")
     parser.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices and embeddings (default: 0.1)")
     parser.add_argument("--rate_penalty", type=float, help=f"Pulse: nats per spike per synapse and token (default: {RATE_PENALTY})")
+    parser.add_argument("--shorten", type=float, help=f"Pulse: factor of normalized matrices at the start of phase 2 (default: {SHORTEN})")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the data (default: 0)")
     parser.add_argument("--save_interval", type=int, default=250, help="steps between checkpoints (default: 250)")
     parser.add_argument("--eval_interval", type=int, default=250, help="steps between evaluations (default: 250)")
@@ -234,6 +237,9 @@ def parse_args(argv=None):
         args.rate_penalty = RATE_PENALTY if args.model == "pulse" else 0.0
     if not 0 <= args.rate_penalty < math.inf or args.rate_penalty and args.model != "pulse":
         raise InputError(f"--rate_penalty={args.rate_penalty} must be 0 or more, and is for --model=pulse only")
+    if args.shorten is not None and (args.model != "pulse" or not 0 < args.shorten <= 1):
+        raise InputError(f"--shorten={args.shorten} must be above 0 and at most 1, which shortens nothing, and is for --model=pulse only")
+    args.shorten = args.shorten or SHORTEN
     args.out = args.out or Path("out") / args.model
     args.sizes = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     return args
@@ -286,7 +292,6 @@ def train(args, device: Device, say):
         raise InputError(f"{args.data}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
     config = model_config(args, meta["vocab_size"])
     recipe = RECIPES[args.preset]
-    peak_lr = args.lr or recipe.lr
 
     # What each phase will do, all of it before anything is trained or removed: the plan is compared with Chinchilla's optimum, and
     # a phase whose data are too few must not be found out after the phases before it.
@@ -329,9 +334,10 @@ def train(args, device: Device, say):
 
     for phase, (seq_len, batch_size, grad_accum, steps) in plan.items():
         sequences = batch_size * grad_accum * device.ranks  # of one optimizer step
+        peak_lr = args.lr or recipe.lr * PEAKS[phase]
         settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
-        settings |= {"rate_penalty": args.rate_penalty} if args.model == "pulse" else {}
+        settings |= {"rate_penalty": args.rate_penalty, "shorten": args.shorten} if args.model == "pulse" else {}
         final = args.out / f"phase{phase}.pt"
         if final.exists():
             check_same(final, load_checkpoint(final)["settings"], settings)
@@ -365,6 +371,8 @@ def train(args, device: Device, say):
             tokens, seconds, wall = checkpoint["tokens"], checkpoint["seconds"], checkpoint["wall"]
             if same_phase:
                 step, best = checkpoint["step"], checkpoint["best"]
+            elif phase == 2 and args.model == "pulse":
+                model.shorten(args.shorten)
             say(f"continuing {origin} at step {step:,}" if same_phase else f"starting from {origin}")
             del checkpoint
         elif phase > 1:

@@ -62,6 +62,19 @@ def test_killed_and_started_again_ends_in_the_same_weights(data, tmp_path):
     assert all(torch.equal(weight, b["weights"][name]) for name, weight in a["weights"].items())
 
 
+def test_phase_2_starts_with_short_matrices(data, tmp_path):
+    """With learning rates of nothing every phase ends in the weights it started with, those of phase 2 shorter by --shorten."""
+    run = ["train.py", f"--data={data}", f"--out={tmp_path}", *[option for option in RUN if option != "--phase=1"], "--steps=2"]
+    process = start(*run, "--lr=1e-12", "--weight_decay=0", "--shorten=0.5")
+    assert process.wait(120) == 0, process.stderr.read()
+    first, second, third = (load_checkpoint(tmp_path / f"phase{phase}.pt")["weights"] for phase in (1, 2, 3))
+    for name, weight in first.items():
+        normalized = name.removesuffix("_proj.weight").endswith((".in", ".gate", ".up", ".q", ".k", ".v"))
+        factor = 0.5 if normalized and name.endswith("_proj.weight") else 1
+        torch.testing.assert_close(second[name], factor * weight, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(third[name], second[name], rtol=1e-5, atol=1e-9)
+
+
 def test_bad_input_to_the_scripts(data, tmp_path):
     tokenizer = (data / "tokenizer.json").read_text()
     small = FlowConfig(vocab_size=300, n_layer=1, d_model=16, n_head=2, n_kv_head=1, head_dim=8, d_ff=16, global_every=1)
@@ -72,6 +85,8 @@ def test_bad_input_to_the_scripts(data, tmp_path):
     expected = [
         (start(*train, "--num_steps=0"), "num_steps=0 must be at least 1"),
         (start(*train, "--tau_max=0.5"), "tau_max=0.5 must be at least 1"),
+        (start(*train, "--shorten=0"), "--shorten=0.0 must be above 0"),
+        (start("train.py", f"--data={data}", "--shorten=0.5"), "is for --model=pulse only"),
         (start(*train, "--leak=none"), "leak=none must be one of gated, learned, fixed"),
         (start("sample.py", "--model=pulse", f"--ckpt={tmp_path / 'flow.pt'}"), "holds a flow model, not pulse"),
         (start("sample.py", "--model=flow", f"--ckpt={tmp_path / 'pulse.pt'}"), "holds a pulse model, not flow"),

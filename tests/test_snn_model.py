@@ -395,6 +395,22 @@ def test_rate_penalty_is_the_derivative_of_a_price_per_spike(checkpointing):
     torch.testing.assert_close([p.grad for p in model.parameters()], list(expected), rtol=1e-6, atol=1e-7)
 
 
+def test_shortened_matrices_compute_the_same():
+    """All matrices of which only the direction matters: shortening any other changes the logits."""
+    model, x = make(dataclasses.replace(TINY, norm_eps=1e-30), dtype=torch.float64).eval(), tokens(2, 40)
+    with torch.no_grad():
+        before, old = model(x)[0], {name: p.clone() for name, p in model.named_parameters()}
+        model.shorten(0.25)
+        torch.testing.assert_close(model(x)[0], before)
+        short = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+        assert all(torch.equal(p, (0.25 if name in short else 1) * old[name]) for name, p in model.named_parameters())
+        matrices = {f"{name}.weight" for name, module in model.layers.named_modules(prefix="layers") if isinstance(module, torch.nn.Linear)}
+        for name in matrices - short:
+            model.get_parameter(name).mul_(0.25)
+            assert (model(x)[0] - before).std() > 0.01 * before.std(), name
+            model.get_parameter(name).mul_(4)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_parameter_count(seed):
     rng = np.random.default_rng(seed)
