@@ -58,7 +58,7 @@ RECIPES = {
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.001),
 }
 RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So little costs no bits per byte and saves a fifth of the spikes
-PEAKS = {1: 1.0, 2: 1.0, 3: 0.5}  # of the preset's learning rate; with all of it the short phase 3 forgets more than it teaches
+PEAKS = {1: 1.0, 2: 1.0, 3: 0.25}  # of the preset's learning rate; with all of it the short phase 3 forgets more than it teaches
 SHORTEN = 0.25  # of Pulse: what is left at the start of phase 2 of the matrices of which only the direction matters
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak, at the end of a phase
@@ -208,7 +208,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, help="sequences per process and micro-step (default: the preset's tokens / seq_len)")
     parser.add_argument("--grad_accum", type=int, help="micro-steps per optimizer step (default: the preset's)")
     parser.add_argument("--seq_len", type=int, help="window in tokens (default: the phase's, 256, 1024 or 2048)")
-    parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's, in phase 3 half of it)")
+    parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's, in phase 3 a quarter of it)")
     parser.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices and embeddings (default: 0.1)")
     parser.add_argument("--rate_penalty", type=float, help=f"Pulse: nats per spike per synapse and token (default: {RATE_PENALTY})")
     parser.add_argument("--shorten", type=float, help=f"Pulse: factor of normalized matrices at the start of phase 2 (default: {SHORTEN})")
