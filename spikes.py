@@ -41,7 +41,7 @@ def in_phases(counts: Tensor, num_steps: int) -> Tensor:
     """Spikes that counts take in a phase code: the ones among the binary digits of |count|. Same shape, int32.
 
     The threshold of a neuron then starts at the largest power of two up to K and halves with every micro-step, and a spike takes as
-    much from the membrane as it is worth to who receives it: log2(K) micro-steps instead of K, and the same counts (few-spike
+    much from the membrane as it is worth to who receives it: as many micro-steps as K has binary digits, and the same counts (few-spike
     neurons, arXiv:2002.00860; weighted spikes, doi 10.1016/j.neucom.2018.05.087).
     """
     size = counts.abs().int()
@@ -56,7 +56,7 @@ def firing_rates(model: Pulse, idx: Tensor) -> dict[str, dict]:
         neurons      n
         nonzero      share of (neuron, token) pairs with at least one spike
         spikes       mean |count| per neuron and token, 0 to K
-        phased       the same if counts are sent in a phase code, 0 to log2(K)
+        phased       the same if counts are sent in a phase code (see in_phases)
         silent       share of neurons that never fired
         saturated    share of neurons that fired K spikes at every token
 
