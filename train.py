@@ -48,9 +48,10 @@ class Recipe:
     lr: float  # the peak of phases 1 and 2
 
 
-# nano's learning rate is from a sweep over whole curricula, seed 0: for Flow 0.003 ends 0.2 to 0.6 % lower and solves fewer problems,
-# 0.016 is better for 100 steps and ends 1 to 5 % higher; for Pulse 0.006 ends 0.1 to 1.1 % higher. Its steps fit about ten minutes on
-# two CPU cores. The others' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per parameter: neither has been tried.
+# nano's learning rate is from a sweep over whole curricula, all phases at the full rate, seed 0: for Flow 0.003 ends 0.2 to 0.6 % lower
+# and solves fewer problems, 0.016 is better for 100 steps and ends 1 to 5 % higher; for Pulse 0.006 ends 0.1 to 1.1 % higher. Its steps
+# fit about ten minutes on two CPU cores. The others' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per
+# parameter: neither has been tried.
 RECIPES = {
     "nano": Recipe(2048, 1, (1500, 1500, 500), 0.004),
     "small": Recipe(32_768, 1, (8_000, 5_000, 3_000), 0.002),
@@ -58,7 +59,7 @@ RECIPES = {
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.001),
 }
 RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So little costs no bits per byte and saves a fifth of the spikes
-PEAKS = {1: 1.0, 2: 1.0, 3: 0.25}  # of the preset's learning rate; with all of it the short phase 3 forgets more than it teaches
+PEAKS = {1: 1.0, 2: 1.0, 3: 0.25}  # of the preset's learning rate; of 1, 0.5 and 0.25 the best for both nanos' short phase 3
 SHORTEN = 0.25  # of Pulse: what is left at the start of phase 2 of the matrices of which only the direction matters
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak, at the end of a phase
@@ -337,7 +338,8 @@ def train(args, device: Device, say):
         peak_lr = args.lr or recipe.lr * PEAKS[phase]
         settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
-        settings |= {"rate_penalty": args.rate_penalty, "shorten": args.shorten} if args.model == "pulse" else {}
+        settings |= {"rate_penalty": args.rate_penalty} if args.model == "pulse" else {}
+        settings |= {"shorten": args.shorten} if args.model == "pulse" and phase == 2 else {}
         final = args.out / f"phase{phase}.pt"
         if final.exists():
             check_same(final, load_checkpoint(final)["settings"], settings)

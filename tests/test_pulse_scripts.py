@@ -73,6 +73,7 @@ def test_phase_2_starts_with_short_matrices(data, tmp_path):
         factor = 0.5 if normalized and name.endswith("_proj.weight") else 1
         torch.testing.assert_close(second[name], factor * weight, rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(third[name], second[name], rtol=1e-5, atol=1e-9)
+    fails(start(*run, "--lr=1e-12", "--weight_decay=0", "--shorten=1"), "phase2.pt was trained with other settings (shorten is 0.5 there")
 
 
 def test_bad_input_to_the_scripts(data, tmp_path):
