@@ -38,20 +38,52 @@ class Fire(torch.autograd.Function):
         ctx.least, ctx.num_steps, ctx.signed, ctx.price = THRESHOLD + rheobase, num_steps, signed, price
         if not signed:
             return (mem - ctx.least).ceil_().clamp_(0, num_steps).to(dtype)
-        return (mem.abs().sub_(ctx.least).ceil_().clamp_(0, num_steps) * mem.sign()).to(dtype)
+        return mem.abs().sub_(ctx.least).ceil_().clamp_(0, num_steps).copysign_(mem).to(dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (mem,) = ctx.saved_tensors
-        u = (mem.abs() if ctx.signed else mem) - ctx.least
         if ctx.price:
-            grad = grad + mem.sign() * (u > 0) * ctx.price
-        # atan(a) - atan(b) with a = SHARPNESS (u + 0.5) and b = a - SHARPNESS K is the angle of (1 + a b, a - b): one function
-        # instead of two, and on a CPU, where PyTorch has atan2 in vector instructions and atan not, a fifth of the time.
-        u += 0.5
-        angle = u.sub(ctx.num_steps).mul_(u).mul_(SHARPNESS**2).add_(1)
+            fired = F.hardshrink(mem, ctx.least) if ctx.signed else F.threshold(mem, ctx.least, 0.0)
+            grad = torch.add(grad, fired.sign_(), alpha=ctx.price)
+        # atan(a) - atan(b) with a = SHARPNESS (u + 0.5), u = how far above the first threshold, and b = a - SHARPNESS K is the angle of
+        # (1 + a b, a - b): one function instead of two, and on a CPU, where PyTorch has atan2 in vector instructions and atan not, a
+        # fifth of the time.
+        a = mem.abs().sub_(ctx.least - 0.5) if ctx.signed else mem - (ctx.least - 0.5)
+        angle = torch.addcmul(a.new_ones(()), a, a - ctx.num_steps, value=SHARPNESS**2)
         torch.atan2(angle.new_tensor(SHARPNESS * ctx.num_steps), angle, out=angle)
-        return angle.mul_(1 / math.pi).mul_(grad), None, None, None, None, None
+        return torch.addcmul(a.new_zeros(()), angle, grad, value=1 / math.pi), None, None, None, None, None
+
+
+class Square(torch.autograd.Function):
+    """relu(x)², in half of the passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.relu()
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        return (grad * x).mul_(2)
+
+
+class Unit(torch.autograd.Function):
+    """x / sqrt(|x|² + eps) over the last dimension."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
+        unit = x * scale
+        ctx.save_for_backward(unit, scale)
+        return unit
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        unit, scale = ctx.saved_tensors
+        return torch.addcmul(grad, unit, (grad * unit).sum(-1, keepdim=True), value=-1).mul_(scale), None
 
 
 class Drive(torch.autograd.Function):
@@ -113,16 +145,19 @@ def chunked_scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) 
         return (U[:, pad:] if reverse else U[:, :T]).contiguous()
     x, beta = x.reshape(B, T // L, L, N), beta.reshape(B, T // L, L, N)
     U, left = torch.empty_like(x), torch.empty_like(beta)  # left = the product of the chunk's betas so far
-    order = range(L - 1, -1, -1) if reverse else range(L)
-    for t, before in zip(order, (None, *order)):
+    steps = list(zip(*(tensor.unbind(2) for tensor in (x, beta, U, left))))
+    if reverse:
+        steps.reverse()
+    for (x_t, beta_t, U_t, left_t), before in zip(steps, [None, *steps]):
         if before is None:
-            U[:, :, t], left[:, :, t] = x[:, :, t], beta[:, :, t]
+            U_t.copy_(x_t)
+            left_t.copy_(beta_t)
         else:
-            torch.addcmul(x[:, :, t], beta[:, :, t], U[:, :, before], out=U[:, :, t])
-            torch.mul(left[:, :, before], beta[:, :, t], out=left[:, :, t])
+            torch.addcmul(x_t, beta_t, before[2], out=U_t)
+            torch.mul(before[3], beta_t, out=left_t)
     past = carry[:, None]  # of each chunk
     if T > L:
-        ends = chunked_scan(U[:, :, order[-1]], left[:, :, order[-1]], carry, reverse)
+        ends = chunked_scan(*steps[-1][2:], carry, reverse)
         past = torch.cat([ends[:, 1:], past] if reverse else [past, ends[:, :-1]], 1)
     return U.addcmul_(left, past[:, :, None]).view(B, T, N)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loss import linear_cross_entropy
-from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Recall
+from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Recall, Square, Unit
 
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
@@ -152,7 +152,7 @@ class Neuron(snntorch.Leaky):
         """x [B, T, N], the membranes [B, N] before it and, if gated, g [B, T, N] -> spikes [B, T, N] and the membranes after it."""
         current = self.drive(x, self.gain, self.bias)
         if self.square:
-            current = current.relu().square()
+            current = Square.apply(current)
         if not self.leaky:
             return self.fire(current), None
         z = self.leak.expand_as(current) if gate is None else self.drive(gate, self.gate_gain, self.leak)
@@ -194,8 +194,12 @@ def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: 
         return q @ S, S
     L = min(CHUNK if q.device.type == "cpu" else 2 * CHUNK, T)  # a GPU waits for each of Recall's small steps: rather fewer
     pad, n = -T % L, -(-T // L)
-    q, k, v = (F.pad(x, (0, 0, 0, pad)).view(B, H, n, L, D) for x in (q, k, v))
-    decay, write = (F.pad(x, (0, pad)).view(B, H, n, L) for x in (decay, write))  # padding neither writes nor forgets
+    if pad:  # neither writes nor forgets
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+        decay, write = (F.pad(x, (0, pad)) for x in (decay, write))
+    q, k, v, decay, write, S = (x.flatten(0, 1) for x in (q, k, v, decay, write, S))
+    # Chunk by chunk, [n, B H, L, ...], as Recall reads them.
+    q, k, v, decay, write = (x.unflatten(1, (n, L)).transpose(0, 1).contiguous() for x in (q, k, v, decay, write))
     c = decay.cumsum(-1)
     a, w = c.exp()[..., None], write[..., None]
     lower = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
@@ -204,10 +208,10 @@ def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: 
     solved = torch.linalg.solve_triangular(system, torch.cat([w * v, w * a * k], -1), upper=False, unitriangular=True)
     own, seen = solved.chunk(2, -1)  # a chunk writes own - seen S
     kept = k * (c[..., -1:] - c).exp()[..., None]
-    parts = (x.flatten(0, 1).transpose(0, 1).contiguous() for x in (own, seen, kept, a[..., -1:, :]))  # [n, B H, ...]
-    S, writes = (x.transpose(0, 1).unflatten(0, (B, H)) for x in Recall.apply(*parts, S.flatten(0, 1)))
-    o = ((q @ k.mT) * fade) @ writes + a * (q @ S[:, :, :-1])
-    return o.view(B, H, n * L, D)[:, :, :T], S[:, :, -1].clone()  # a view would keep those of all chunks alive
+    S, writes = Recall.apply(own, seen, kept, a[..., -1:, :], S)
+    o = ((q @ k.mT) * fade) @ writes + a * (q @ S[:-1])
+    o = o.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).reshape(B, n * L, H, D)[:, :T]  # as they lie side by side in a token's row
+    return o.transpose(1, 2), S[-1].view(B, H, D, D).clone()  # a view would keep those of all chunks alive
 
 
 def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -262,7 +266,7 @@ class Memory(nn.Module):
         v, _ = self.v(self.v_proj(s))
         k, late = delay(k, late, (1,))
         q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
-        q, k = (z * (z.square().sum(-1, keepdim=True) + KEY_EPS).rsqrt() for z in (q, k))  # unit length
+        q, k = (Unit.apply(z, KEY_EPS) for z in (q, k))
         decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
         write = self.write(s).to(S.dtype).sigmoid().transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
