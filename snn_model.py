@@ -30,6 +30,7 @@ from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Recall, Square, Unit
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
 GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, READ_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0, 4.0
+STEPS = 16  # with more micro-steps the neurons that encode the stream are driven harder, and count more finely
 LEAKS = ("gated", "learned", "fixed")
 START_SCALE = 0.1  # of matrices whose result is normalized: it changes nothing yet, but lets Muon's first steps turn the weights further
 TAU_KEY = 1.5  # queries and keys remember this many tokens at most, at the start: little more than the present one
@@ -122,14 +123,14 @@ class Neuron(snntorch.Leaky):
 
     def __init__(
         self, n: int, config: PulseConfig, gain: float, tau: Tensor | None = None, gated=False, signed=False, normed=True, square=False,
-        rheobase=0.0,
+        rheobase=0.0, fine=1.0,
     ):  # fmt: skip
         super().__init__(0.0, THRESHOLD, reset_mechanism="none")
         snntorch.SpikingNeuron.instances.pop()  # snntorch's list of all neurons would keep every model alive for ever
         del self.beta  # a number there; here it follows from parameters and input, and is no part of a checkpoint
         self.register_buffer("beta", torch.zeros(()), persistent=False)
         self.config, self.leaky, self.signed, self.normed, self.square = config, tau is not None, signed, normed, square
-        self.rheobase = rheobase
+        self.rheobase, self.fine = rheobase, fine
         self.price = 0.0  # of a spike in the loss, set by Pulse.forward
         self.gain = nn.Parameter(torch.full((n,), gain))
         if self.leaky and not gated:
@@ -142,7 +143,7 @@ class Neuron(snntorch.Leaky):
         """Spike counts of membranes, in the dtype of the matrix product that follows (counts are exact in any)."""
         device = mem.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mem.dtype
-        return Fire.apply(mem, self.rheobase, self.config.num_steps, self.signed, dtype, self.price)
+        return Fire.apply(mem, self.rheobase, self.config.num_steps, self.signed, dtype, self.price, self.fine)
 
     def drive(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 membranes would flip 0.6 % of the spikes
@@ -166,8 +167,15 @@ class Neuron(snntorch.Leaky):
 
 
 def encoder(config: PulseConfig, gain: float | None = None) -> Neuron:
-    """Neurons that turn real numbers [B, T, C] into counts. The higher their rheobase, the harder they are driven, but for the head."""
-    return Neuron(config.d_model, config, gain or GAIN + config.rheobase, signed=True, rheobase=config.rheobase)
+    """Neurons that turn real numbers [B, T, C] into counts. The higher their rheobase, the harder they are driven, but for the head.
+
+    With more micro-steps than STEPS, again but for the head, the same currents stay silent as with STEPS, and those above are
+    counted in steps as much finer. The gradient is blurred over the same currents as before.
+    """
+    fine = 1.0 if gain else max(1.0, config.num_steps / STEPS)
+    least = (THRESHOLD + config.rheobase) * fine
+    gain = gain or (GAIN + config.rheobase) * fine
+    return Neuron(config.d_model, config, gain, signed=True, rheobase=least - THRESHOLD, fine=fine)
 
 
 def time_constants(n: int, longest: float) -> Tensor:

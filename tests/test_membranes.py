@@ -9,7 +9,7 @@ import snntorch
 import torch
 
 from membranes import CHUNK, Leak, scan
-from snn_model import Neuron, PulseConfig
+from snn_model import Neuron, PulseConfig, encoder
 
 CONFIG = PulseConfig(num_steps=3)
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -38,20 +38,35 @@ def test_fire_equals_micro_steps_of_snntorch(K, dtype):
         assert counts.max() == K and counts.min() == (-K if signed else 0)
 
 
-@pytest.mark.parametrize("rheobase", [0.0, 1.0])
+@pytest.mark.parametrize("rheobase, fine", [(0.0, 1.0), (1.0, 1.0), (5.0, 3.0)])
 @pytest.mark.parametrize("K", [1, 4])
-def test_surrogate_counts_every_level_once(K, rheobase):
+def test_surrogate_counts_every_level_once(K, rheobase, fine):
     """Its area is K, as the staircase rises by K (micro-steps backpropagated through would give more); no neuron is out of reach."""
     config, U = dataclasses.replace(CONFIG, num_steps=K), torch.linspace(-12, 12, 400_001, dtype=torch.double).sinh().requires_grad_()
     slopes = []
     for signed in (False, True):
-        counts = Neuron(U.numel(), config, 1.0, signed=signed, rheobase=rheobase).fire(U)
+        counts = Neuron(U.numel(), config, 1.0, signed=signed, rheobase=rheobase, fine=fine).fire(U)
         slopes.append(torch.autograd.grad(counts.sum(), U)[0])
     plain, both = slopes
     U = U.detach()
     assert torch.trapezoid(plain, U).item() == pytest.approx(K, rel=1e-3)
     assert (plain > 0).all() and plain.max() <= 1
     torch.testing.assert_close(both, torch.where(U < 0, plain.flip(0), plain))
+
+
+def test_more_micro_steps_count_the_same_currents_more_finely():
+    coarse, fine = (encoder(PulseConfig(num_steps=K)).double() for K in (16, 48))
+    x = torch.randn(2, 40, 128, dtype=torch.double)
+    few, many = coarse(x)[0], fine(x)[0]
+    assert 2 * few.abs().max() < many.abs().max() <= 48
+    assert torch.equal((many.abs() / 3).ceil() * many.sign(), few)
+    slopes = []
+    for neuron, scale in ((coarse, 1), (fine, 3)):
+        U = torch.linspace(-9, 9, 1001, dtype=torch.double).mul(scale).requires_grad_()
+        slopes.append(torch.autograd.grad(neuron.fire(U).sum(), U)[0])
+    torch.testing.assert_close(*slopes, rtol=0, atol=0.25)  # a blur of half a fine step would be off by 0.35
+    head = [encoder(PulseConfig(num_steps=K), 4.0) for K in (16, 48)]
+    assert head[0].rheobase == head[1].rheobase == 1 and torch.equal(head[0].gain, head[1].gain)
 
 
 def make_neuron(n=12, gated=False, signed=False, normed=True, square=False):
