@@ -148,16 +148,16 @@ def chunked_scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) 
     steps = list(zip(*(tensor.unbind(2) for tensor in (x, beta, U, left))))
     if reverse:
         steps.reverse()
-    for (x_t, beta_t, U_t, left_t), before in zip(steps, [None, *steps]):
-        if before is None:
-            U_t.copy_(x_t)
-            left_t.copy_(beta_t)
-        else:
-            torch.addcmul(x_t, beta_t, before[2], out=U_t)
-            torch.mul(before[3], beta_t, out=left_t)
+    (first, first_beta, U_before, left_before), *later = steps
+    U_before.copy_(first)
+    left_before.copy_(first_beta)
+    for x_t, beta_t, U_t, left_t in later:
+        torch.addcmul(x_t, beta_t, U_before, out=U_t)
+        torch.mul(left_before, beta_t, out=left_t)
+        U_before, left_before = U_t, left_t
     past = carry[:, None]  # of each chunk
     if T > L:
-        ends = chunked_scan(*steps[-1][2:], carry, reverse)
+        ends = chunked_scan(U_before, left_before, carry, reverse)
         past = torch.cat([ends[:, 1:], past] if reverse else [past, ends[:, :-1]], 1)
     return U.addcmul_(left, past[:, :, None]).view(B, T, N)
 

@@ -55,6 +55,7 @@ def test_surrogate_counts_every_level_once(K, rheobase, fine):
 
 
 def test_more_micro_steps_count_the_same_currents_more_finely():
+    torch.manual_seed(0)
     coarse, fine = (encoder(PulseConfig(num_steps=K)).double() for K in (16, 48))
     x = torch.randn(2, 40, 128, dtype=torch.double)
     few, many = coarse(x)[0], fine(x)[0]
