@@ -30,7 +30,7 @@ from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Recall, Square, Unit
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
 GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, READ_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0, 4.0
-STEPS = 16  # with more micro-steps the neurons that encode the stream are driven harder, and count more finely
+STEPS = 16  # with more micro-steps what is carried from token to token is counted more finely
 LEAKS = ("gated", "learned", "fixed")
 START_SCALE = 0.1  # of matrices whose result is normalized: it changes nothing yet, but lets Muon's first steps turn the weights further
 TAU_KEY = 1.5  # queries and keys remember this many tokens at most, at the start: little more than the present one
@@ -48,7 +48,7 @@ class PulseConfig:
     d_model: int = 128
     d_hidden: int = 192  # leaky neurons of a block
     d_ff: int = 352  # neurons of its feed-forward part
-    num_steps: int = 16  # micro-steps per token = most spikes that a neuron fires per token
+    num_steps: int = 48  # micro-steps per token = most spikes that a neuron fires per token
     # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens, 2 % worse in 500 steps. 32 is no better.
     tau_max: float = 4.0
     rheobase: float = 1.0  # of the neurons that encode the stream: weaker currents stay silent, so that finer steps cost no more spikes
@@ -72,6 +72,10 @@ class PulseConfig:
 
     def has_memory(self, layer: int) -> bool:
         return (layer + 1) % self.memory_every == 0
+
+    def fine(self) -> float:
+        """In how many steps, for one of a Pulse with STEPS micro-steps, the neurons count whose spikes are carried over tokens."""
+        return max(1.0, self.num_steps / STEPS)
 
     def is_gated(self) -> bool:
         return self.leak == "gated" and self.tau_max > 1
@@ -99,9 +103,9 @@ class PulseConfig:
 
 PRESETS: dict[str, PulseConfig] = {  # Flow's widths and depths, d_ff chosen for Flow's number of parameters
     "nano": PulseConfig(),
-    "small": PulseConfig(n_layer=9, d_model=512, d_hidden=768, d_ff=1280, n_head=8),
-    "base": PulseConfig(vocab_size=32_768, n_layer=12, d_model=768, d_hidden=1152, d_ff=1856, n_head=12),
-    "1b": PulseConfig(vocab_size=32_768, n_layer=18, d_model=2048, d_hidden=3072, d_ff=9344, n_head=16),
+    "small": PulseConfig(num_steps=16, n_layer=9, d_model=512, d_hidden=768, d_ff=1280, n_head=8),
+    "base": PulseConfig(num_steps=16, vocab_size=32_768, n_layer=12, d_model=768, d_hidden=1152, d_ff=1856, n_head=12),
+    "1b": PulseConfig(num_steps=16, vocab_size=32_768, n_layer=18, d_model=2048, d_hidden=3072, d_ff=9344, n_head=16),
 }
 
 
@@ -166,14 +170,13 @@ class Neuron(snntorch.Leaky):
         return self.fire(U), U[:, -1].clone()  # a view would keep the membranes of all tokens alive
 
 
-def encoder(config: PulseConfig, gain: float | None = None) -> Neuron:
+def encoder(config: PulseConfig, gain: float | None = None, fine: float = 1.0) -> Neuron:
     """Neurons that turn real numbers [B, T, C] into counts. The higher their rheobase, the harder they are driven, but for the head.
 
-    With more micro-steps than STEPS, again but for the head, the same currents stay silent as with STEPS, and those above are
-    counted in steps as much finer. The gradient is blurred over the same currents as before.
+    With `fine` they count the same currents in steps as much finer, and leave more of them silent, up to twice as many thresholds.
+    The gradient is blurred over the same currents as without, and a spike has the same price for what it is worth.
     """
-    fine = 1.0 if gain else max(1.0, config.num_steps / STEPS)
-    least = (THRESHOLD + config.rheobase) * fine
+    least = (THRESHOLD + config.rheobase * min(fine, 2.0)) * fine
     gain = gain or (GAIN + config.rheobase) * fine
     return Neuron(config.d_model, config, gain, signed=True, rheobase=least - THRESHOLD, fine=fine)
 
@@ -249,7 +252,7 @@ class Memory(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(C, C, bias=False) for _ in range(4))
         self.q = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.k = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
-        self.v = encoder(config)
+        self.v = encoder(config, fine=config.fine())
         self.o = Neuron(C, config, READ_GAIN, signed=True, normed=False)
         self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)  # log a_t and b_t per head and token
 
@@ -313,7 +316,7 @@ class Block(nn.Module):
         super().__init__()
         C, N, self.config, gated = config.d_model, config.d_hidden, config, config.is_gated()
         self.memory = Memory(config) if config.has_memory(layer) else None
-        self.encode = encoder(config)
+        self.encode = encoder(config, fine=config.fine())
         self.in_proj = nn.Linear(C, N, bias=False)
         self.gate_proj = nn.Linear(C, N, bias=False) if gated else None
         tau = time_constants(N, config.tau_max) if config.tau_max > 1 else None
@@ -346,7 +349,8 @@ class PulseState:
 class Pulse(nn.Module):
     """The spiking network. `checkpointing = True` recomputes each block in the backward pass instead of keeping its activations.
 
-    `rate_penalty` adds that many nats per spike per synapse and token to what is minimised (not to the loss that is returned).
+    `rate_penalty` adds that many nats per spike per synapse and token to what is minimised (not to the loss that is returned); a
+    spike of a neuron that counts more finely costs as much less.
     Its derivative by a spike is a constant, so that it costs nothing: each neuron adds it to the gradient of its spikes.
     """
 
@@ -388,7 +392,7 @@ class Pulse(nn.Module):
             raise ValueError(f"the state holds {state.batch_size} sequences, the input {idx.size(0)}: make one with init_state")
         synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in self.fan_outs())
         for neuron, fan_out in self.fan_outs():
-            neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel()) if self.training else 0.0
+            neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel() * neuron.fine) if self.training else 0.0
         layers = self.first_layers(idx.size(0)) if state is None else state.layers
         if state is not None and not torch.is_grad_enabled():
             x = F.embedding(idx, self.table)

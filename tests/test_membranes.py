@@ -9,7 +9,7 @@ import snntorch
 import torch
 
 from membranes import CHUNK, Leak, scan
-from snn_model import Neuron, PulseConfig, encoder
+from snn_model import Neuron, Pulse, PulseConfig, encoder
 
 CONFIG = PulseConfig(num_steps=3)
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -56,7 +56,8 @@ def test_surrogate_counts_every_level_once(K, rheobase, fine):
 
 def test_more_micro_steps_count_the_same_currents_more_finely():
     torch.manual_seed(0)
-    coarse, fine = (encoder(PulseConfig(num_steps=K)).double() for K in (16, 48))
+    config = PulseConfig(num_steps=48)
+    coarse, fine = Neuron(128, config, 3.0, signed=True, rheobase=2.0).double(), encoder(config, fine=config.fine()).double()
     x = torch.randn(2, 40, 128, dtype=torch.double)
     few, many = coarse(x)[0], fine(x)[0]
     assert 2 * few.abs().max() < many.abs().max() <= 48
@@ -66,8 +67,20 @@ def test_more_micro_steps_count_the_same_currents_more_finely():
         U = torch.linspace(-9, 9, 1001, dtype=torch.double).mul(scale).requires_grad_()
         slopes.append(torch.autograd.grad(neuron.fire(U).sum(), U)[0])
     torch.testing.assert_close(*slopes, rtol=0, atol=0.25)  # a blur of half a fine step would be off by 0.35
-    head = [encoder(PulseConfig(num_steps=K), 4.0) for K in (16, 48)]
-    assert head[0].rheobase == head[1].rheobase == 1 and torch.equal(head[0].gain, head[1].gain)
+
+
+def test_only_what_is_carried_over_tokens_is_counted_finely():
+    for K, fine in ((8, 1), (16, 1), (48, 3)):
+        model = Pulse(PulseConfig(num_steps=K))
+        encoders = {name: m for name, m in model.named_modules() if isinstance(m, Neuron) and m.rheobase}
+        carried = {"layers.2.memory.v", *(f"layers.{i}.encode" for i in range(4))}
+        assert len(encoders) == 11 and carried < encoders.keys()
+        for name, m in encoders.items():
+            found = (m.fine, m.rheobase, m.gain[0].item())
+            if fine > 1 and name in carried:
+                assert found == (3, 8, 9)  # three times a gain of 3, a threshold of 1 and a rheobase of 2
+            else:
+                assert found == (1, 1, 4 if name == "out" else 3)
 
 
 def make_neuron(n=12, gated=False, signed=False, normed=True, square=False):

@@ -63,11 +63,13 @@ def test_killed_and_started_again_ends_in_the_same_weights(data, tmp_path):
 
 
 def test_phase_2_starts_with_short_matrices(data, tmp_path):
-    """With learning rates of nothing every phase ends in the weights it started with, those of phase 2 shorter by --shorten."""
+    """With no learning rate a phase ends in the weights it started with, those of phase 2 shorter by --shorten; spikes cost more then."""
     run = ["train.py", f"--data={data}", f"--out={tmp_path}", *[option for option in RUN if option != "--phase=1"], "--steps=2"]
     process = start(*run, "--lr=1e-12", "--weight_decay=0", "--shorten=0.5")
     assert process.wait(120) == 0, process.stderr.read()
-    first, second, third = (load_checkpoint(tmp_path / f"phase{phase}.pt")["weights"] for phase in (1, 2, 3))
+    checkpoints = [load_checkpoint(tmp_path / f"phase{phase}.pt") for phase in (1, 2, 3)]
+    assert [checkpoint["settings"]["rate_penalty"] for checkpoint in checkpoints] == [0.1, 0.2, 0.2]
+    first, second, third = (checkpoint["weights"] for checkpoint in checkpoints)
     for name, weight in first.items():
         normalized = name.removesuffix("_proj.weight").endswith((".in", ".gate", ".up", ".q", ".k", ".v"))
         factor = 0.5 if normalized and name.endswith("_proj.weight") else 1

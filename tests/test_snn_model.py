@@ -373,13 +373,13 @@ def test_checkpointing_changes_memory_not_results():
     assert all(map(torch.equal, *gradients))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_rate_penalty_is_the_derivative_of_a_price_per_spike(checkpointing):
+@pytest.mark.parametrize("checkpointing, K", [(False, 3), (True, 3), (False, 48)])
+def test_rate_penalty_is_the_derivative_of_a_price_per_spike(checkpointing, K):
     """Against autograd through the mean number of spikes per synapse and token, written out and added to the loss."""
-    model, x, y = make(dtype=torch.float64).train(), tokens(2, 40), tokens(2, 40, seed=2)
-    fired, fan_outs = [], dict(model.fan_outs())
+    model = make(dataclasses.replace(TINY, num_steps=K), dtype=torch.float64).train()
+    x, y, fired, fan_outs = tokens(2, 40), tokens(2, 40, seed=2), [], dict(model.fan_outs())
     hooks = [
-        neuron.register_forward_hook(lambda _, args, out, fan_out=fan_out: fired.append(out[0].abs().sum() * fan_out))
+        neuron.register_forward_hook(lambda n, args, out, fan_out=fan_out: fired.append(out[0].abs().sum() * fan_out / n.fine))
         for neuron, fan_out in fan_outs.items()
     ]
     loss = model(x, y)[1]
