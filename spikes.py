@@ -247,18 +247,20 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
         axis.tick_params(bottom=False)
         axis.set_ylabel(f"{label}\n1 in {step} of {n:,} neurons", rotation=0, ha="right", va="center", fontsize=8)
     figure.colorbar(image, ax=above, ticks=range(-most, most + 1), aspect=40, extend="both" if most < K else "neither")
-    for level in range(1, K + 1):
-        style, label = ({"ls": "--"}, "threshold") if level == 1 else ({"lw": 0.6}, "one spike more" if level == 2 else None)
-        below.axhline(level * THRESHOLD, color="gray", zorder=0, label=label, **style)
+    top = THRESHOLD
     if hidden in membranes:
         leak, U = hidden.leak.detach().float().cpu(), membranes[hidden]
         order, tenth = leak.argsort(), max(1, len(leak) // 10)
         middle = (len(leak) - tenth) // 2
         for pace, part in (("fast", order[:tenth]), ("medium", order[middle : middle + tenth]), ("slow", order[-tenth:])):
             neuron = part[counts[hidden][:, part].var(0, correction=0).argmax()]
+            top = max(top, U[:, neuron].max().item())
             below.plot(U[:, neuron].numpy(), marker="o", ms=3, lw=1.2, label=f"{pace}, tau {1 + leak[neuron].exp():.1f} tokens")
     else:
         below.text(0.5, 0.5, "none lasts from token to token: tau_max is 1", ha="center", transform=below.transAxes, fontsize=8)
+    for level in range(1, min(K, int(top / THRESHOLD) + 1) + 1):
+        style, label = ({"ls": "--"}, "threshold") if level == 1 else ({"lw": 0.6}, "one spike more" if level == 2 else None)
+        below.axhline(level * THRESHOLD, color="gray", zorder=0, label=label, **style)
     below.set_ylabel(f"membranes of three\nneurons of block {shown + 1}", rotation=0, ha="right", va="center", fontsize=8)
     below.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, fontsize=8, frameon=False)
     below.spines[["top", "right"]].set_visible(False)
