@@ -9,7 +9,7 @@ B batch, T tokens, N neurons of a layer.
 import importlib.util
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +109,18 @@ class Drive(torch.autograd.Function):
 
 
 def compiled_apart(op: Callable, like: Callable) -> Callable:
-    """A function as one operation to torch.compile, which would unroll its loop; `like` makes tensors of the results' shapes."""
-    op = torch.library.custom_op(f"slms::{op.__name__}", op, mutates_args=())
-    op.register_fake(like)
-    return op
+    """A function as one operation to torch.compile, which would unroll its loop; `like` makes tensors of the results' shapes.
+
+    Only there: the first call of such an operation takes PyTorch two seconds.
+    """
+    apart = torch.library.custom_op(f"slms::{op.__name__}", op, mutates_args=())
+    apart.register_fake(like)
+
+    @wraps(op)
+    def call(*args, **kwargs):
+        return (apart if torch.compiler.is_compiling() else op)(*args, **kwargs)
+
+    return call
 
 
 def scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
