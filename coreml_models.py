@@ -297,8 +297,8 @@ class PulseOnDevice(OnDevice):
     """Layers first to last - 1 of a Pulse for Q tokens, and the head.
 
     Inputs: `x` the rows of the input's table or what the package before gave; for a package that is not the first `token`, those rows,
-    of which every block and the head read some; then per layer the spikes on the way, the membranes and, with a memory, the spikes of
-    keys on the way, the membranes of queries and keys and the matrix [1, H, D, D].
+    of which every block and the head read some; then per layer the spikes on the way, those to the gates if they have some of their
+    own, the membranes and, with a memory, the spikes of keys on the way, the membranes of queries and keys and the matrix [1, H, D, D].
     """
 
     def __init__(self, model: Pulse, target: str, Q: int, context: int, first: int, last: int):
@@ -322,6 +322,7 @@ class PulseOnDevice(OnDevice):
             for name, layer in part.named_children():
                 if isinstance(layer, nn.Linear):
                     setattr(ours, name, self.matrix(layer.weight))
+        block.gate_encode = NeuronOnDevice(source.gate_encode, target, self.Q) if source.gate_encode is not None else None
         block.feed_forward = ours
         return block
 
@@ -333,7 +334,7 @@ class PulseOnDevice(OnDevice):
         C, N, H = self.config.d_model, self.config.d_hidden, self.config.n_head
         shapes = []
         for block in self.blocks:
-            shapes.append(self.vector(C * max(DELAYS)))
+            shapes += [self.vector(C * max(DELAYS))] * (1 + (block.gate_encode is not None))
             shapes += [self.vector(N)] if block.hidden.leaky else []
             shapes += [self.vector(C)] * 3 + [(1, H, C // H, C // H)] if block.memory is not None else []
         return shapes
@@ -358,18 +359,23 @@ class PulseOnDevice(OnDevice):
         if self.first == 0:
             x = self.first_share * token
         for block in self.blocks:
-            late, mem = column(next(caches), max(DELAYS)), column(next(caches)) if block.hidden.leaky else None
+            late = column(next(caches), max(DELAYS))
+            late_gates = column(next(caches), max(DELAYS)) if block.gate_encode is not None else None
+            mem = column(next(caches)) if block.hidden.leaky else None
             if block.memory is not None:
                 y, remembered = block.memory(x, *(column(next(caches)) for _ in range(3)), next(caches))
                 x = x + y
             s, late = self.delay(block.encode(x)[0], late, DELAYS)
-            h, mem = block.hidden(block.in_proj(s), mem, block.gate_proj(s) if block.hidden.gated else None)
+            g = s
+            if late_gates is not None:
+                g, late_gates = self.delay(block.gate_encode(x)[0], late_gates, DELAYS)
+            h, mem = block.hidden(block.in_proj(s), mem, block.gate_proj(g) if block.hidden.gated else None)
             x = x + block.out_proj(h)
             feed = block.feed_forward
             x = x + feed.down_proj(feed.hidden(feed.up_proj(feed.encode(x)[0]))[0]) + block.more * token
-            row(late)
-            if mem is not None:
-                row(mem)
+            for vectors in (late, late_gates, mem):
+                if vectors is not None:
+                    row(vectors)
             if block.memory is not None:
                 *vectors, S = remembered
                 for vector in vectors:

@@ -80,10 +80,14 @@ class PulseConfig:
     def is_gated(self) -> bool:
         return self.leak == "gated" and self.tau_max > 1
 
+    def gates_apart(self) -> bool:
+        """Whether the gates have neurons of their own, that do not count finely: what they tell a membrane need not be exact."""
+        return self.is_gated() and self.fine() > 1
+
     def num_params(self) -> int:
         """The number of parameters, the tied embedding counted once."""
         C, N, H, leaky, gated = self.d_model, self.d_hidden, self.n_head, self.tau_max > 1, self.is_gated()
-        block = (2 + gated) * C * N + 2 * C + (2 + leaky + gated) * N + 2 * (C + 1) * self.d_ff + 2 * C
+        block = (2 + gated) * C * N + (2 + leaky + gated) * N + 2 * (C + 1) * self.d_ff + (2 + self.gates_apart()) * 2 * C
         memory = 4 * C * C + 2 * C * H + 2 * H + 12 * C
         n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
         return self.vocab_size * C + C * C + self.n_layer * block + n_memory * memory + 2 * C + self.n_layer + 1
@@ -318,6 +322,7 @@ class Block(nn.Module):
         self.memory = Memory(config) if config.has_memory(layer) else None
         self.encode = encoder(config, fine=config.fine())
         self.in_proj = nn.Linear(C, N, bias=False)
+        self.gate_encode = encoder(config) if config.gates_apart() else None
         self.gate_proj = nn.Linear(C, N, bias=False) if gated else None
         tau = time_constants(N, config.tau_max) if config.tau_max > 1 else None
         self.hidden = Neuron(N, config, HIDDEN_GAIN if gated else GAIN, tau, gated)
@@ -325,18 +330,22 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, state: tuple) -> tuple[Tensor, tuple]:
-        late, mem, remembered = state
+        late, late_gates, mem, remembered = state
         if self.memory is not None:
             y, remembered = self.memory(x, remembered)
             x = x + y
         s, late = delay(self.encode(x)[0], late, DELAYS)
-        h, mem = self.hidden(self.in_proj(s), mem, self.gate_proj(s) if self.gate_proj is not None else None)
+        g = s
+        if self.gate_encode is not None:
+            g, late_gates = delay(self.gate_encode(x)[0], late_gates, DELAYS)
+        h, mem = self.hidden(self.in_proj(s), mem, self.gate_proj(g) if self.gate_proj is not None else None)
         x = x + self.out_proj(h)
-        return x + self.feed_forward(x), (late, mem, remembered)
+        return x + self.feed_forward(x), (late, late_gates, mem, remembered)
 
     def init_state(self, B: int, **kind) -> tuple:
         late, mem = torch.zeros(B, max(DELAYS), self.config.d_model, **kind), torch.zeros(B, self.config.d_hidden, **kind)
-        return late, mem if self.hidden.leaky else None, self.memory.init_state(B, **kind) if self.memory is not None else None
+        remembered = self.memory.init_state(B, **kind) if self.memory is not None else None
+        return late, torch.zeros_like(late) if self.gate_encode is not None else None, mem if self.hidden.leaky else None, remembered
 
 
 class PulseState:
@@ -420,7 +429,9 @@ class Pulse(nn.Module):
         """The neurons that feed matrices, those of the memories too, and how many synapses each of their spikes reaches."""
         C, H, pairs = self.config.d_model, self.config.n_head, [(self.out, self.config.vocab_size)]
         for block in self.layers:
-            pairs += [(block.encode, self.config.d_hidden * (1 + self.config.is_gated())), (block.hidden, C)]
+            apart, N = block.gate_encode is not None, self.config.d_hidden
+            pairs += [(block.encode, N * (1 + (self.config.is_gated() and not apart))), (block.hidden, C)]
+            pairs += [(block.gate_encode, N)] if apart else []
             pairs += [(block.feed_forward.encode, self.config.d_ff), (block.feed_forward.hidden, C)]
             if block.memory is not None:
                 pairs += [(block.memory.encode, 3 * C + 2 * H), (block.memory.o, C)]

@@ -58,7 +58,7 @@ RECIPES = {
     "base": Recipe(32_768, 8, (4_000, 2_500, 1_500), 0.0016),
     "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.001),
 }
-RATE_PENALTIES = {1: 0.1, 2: 0.2, 3: 0.2}  # of Pulse: nats per spike, synapse and token. So nano spends less than a sixth of Flow's energy
+RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So nano spends less than a sixth of Flow's energy
 PEAKS = {1: 1.0, 2: 1.0, 3: 0.25}  # of the preset's learning rate; of 1, 0.5 and 0.25 the best for both nanos' short phase 3
 SHORTEN = 0.25  # of Pulse: what is left at the start of phase 2 of the matrices of which only the direction matters
 WARMUP = 0.02  # of a phase's steps
@@ -211,8 +211,7 @@ def parse_args(argv=None):
     parser.add_argument("--seq_len", type=int, help="window in tokens (default: the phase's, 256, 1024 or 2048)")
     parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's, in phase 3 a quarter of it)")
     parser.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices and embeddings (default: 0.1)")
-    penalties = ", ".join(map(str, RATE_PENALTIES.values()))
-    parser.add_argument("--rate_penalty", type=float, help=f"Pulse: nats per spike per synapse and token (default: {penalties} by phase)")
+    parser.add_argument("--rate_penalty", type=float, help=f"Pulse: nats per spike per synapse and token (default: {RATE_PENALTY})")
     parser.add_argument("--shorten", type=float, help=f"Pulse: factor of normalized matrices at the start of phase 2 (default: {SHORTEN})")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the data (default: 0)")
     parser.add_argument("--save_interval", type=int, default=250, help="steps between checkpoints (default: 250)")
@@ -337,7 +336,7 @@ def train(args, device: Device, say):
         peak_lr = args.lr or recipe.lr * PEAKS[phase]
         settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
-        rate_penalty = RATE_PENALTIES[phase] if args.rate_penalty is None else args.rate_penalty
+        rate_penalty = RATE_PENALTY if args.rate_penalty is None else args.rate_penalty
         settings |= {"rate_penalty": rate_penalty} if args.model == "pulse" else {}
         settings |= {"shorten": args.shorten} if args.model == "pulse" and phase == 2 else {}
         final = args.out / f"phase{phase}.pt"

@@ -201,21 +201,25 @@ def test_ten_thousand_tokens_one_by_one_in_fp32():
 # ---- what a block reads ----
 
 
-def test_a_blocks_fibres_are_up_to_five_tokens_slow_and_the_keys_one():
+@pytest.mark.parametrize("K", [3, 48])
+def test_a_blocks_fibres_are_up_to_five_tokens_slow_and_the_keys_one(K):
     """The leaky neurons of the first eighth of the stream's neurons hear of a token at once, those of the last five tokens later."""
-    model, x = make(dtype=torch.float64), tokens(2, 9)
+    model, x = make(dataclasses.replace(TINY, num_steps=K), dtype=torch.float64), tokens(2, 9)
     block = model.layers[1]
     with Listener(model) as listener:
         heard = {}
-        hooks = [n.register_forward_hook(lambda _, a, out, n=n: heard.update({n: out[0]})) for n in (block.encode, block.memory.k)]
+        sources = {"in_proj": block.encode, "gate_proj": block.gate_encode or block.encode}
+        neurons = {*sources.values(), block.memory.k}
+        hooks = [n.register_forward_hook(lambda _, a, out, n=n: heard.update({n: out[0]})) for n in neurons]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(snn_model, "associate", lambda q, k, v, *rest: (heard.update(written=k), associate(q, k, v, *rest))[1])
             model(x)
     [hook.remove() for hook in hooks]
-    sent, arrived = heard[block.encode], listener.heard["layers.1.in_proj"]
-    for n, d in enumerate(np.repeat([0, 0, 1, 1, 2, 3, 4, 5], TINY.d_model // 8)):
-        assert torch.equal(arrived[:, d:, n], sent[:, : 9 - d, n]) and not arrived[:, :d, n].any()
-    assert torch.equal(listener.heard["layers.1.gate_proj"], arrived)
+    assert len(neurons) == (3 if K == 48 else 2)
+    for name, neuron in sources.items():
+        sent, arrived = heard[neuron], listener.heard[f"layers.1.{name}"]
+        for n, d in enumerate(np.repeat([0, 0, 1, 1, 2, 3, 4, 5], TINY.d_model // 8)):
+            assert torch.equal(arrived[:, d:, n], sent[:, : 9 - d, n]) and not arrived[:, :d, n].any()
     keys = heard[block.memory.k].view(2, 9, TINY.n_head, -1).transpose(1, 2)
     length = (keys.square().sum(-1, keepdim=True) + KEY_EPS).sqrt()
     torch.testing.assert_close(heard["written"][:, :, 1:], (keys / length)[:, :, :-1])
@@ -283,7 +287,15 @@ def test_causal_bitwise(dtype):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tau_max": 1.0}, {"rheobase": 0.0}, {"leak": "learned"}, {"memory_every": 9}, {"n_layer": 3, "memory_every": 1, "num_steps": 8}],
+    [
+        {},
+        {"tau_max": 1.0},
+        {"rheobase": 0.0},
+        {"leak": "learned"},
+        {"memory_every": 9},
+        {"n_layer": 3, "memory_every": 1, "num_steps": 8},
+        {"num_steps": 48},  # the gates have neurons of their own
+    ],
 )
 def test_whole_chunked_and_single_tokens_agree(changes):
     model, x = make(dataclasses.replace(TINY, **changes), dtype=torch.float64), tokens(2, 4 * CHUNK + 3)
@@ -387,6 +399,8 @@ def test_rate_penalty_is_the_derivative_of_a_price_per_spike(checkpointing, K):
         hook.remove()
     assert len(fired) == len(fan_outs)
     synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in fan_outs.items())
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    assert synapses == matrices + 3 * TINY.d_model**2 // TINY.n_head  # and the memory, read once, recalled and written
     expected = torch.autograd.grad(loss + 0.3 * sum(fired) / (synapses * x.numel()), list(model.parameters()))
     model.rate_penalty, model.checkpointing = 0.3, checkpointing
     penalised = model(x, y)[1]
