@@ -113,7 +113,7 @@ def muon_training(bench: Bench):
     tokenizer_json = (data / "tokenizer.json").read_text(encoding="utf-8")
     table, fingerprint = prepare.token_bytes(Tokenizer.from_str(tokenizer_json)), prepare.tokenizer_fingerprint(tokenizer_json)
     config, seq_len = dataclasses.replace(TINY if bench.quick else PRESETS["nano"], vocab_size=meta["vocab_size"]), 256
-    batch_size, full = (2, 10) if bench.quick else (train.RECIPES["nano"].tokens_per_step // seq_len, ADAMW_STEPS)
+    batch_size, full = (2, 10) if bench.quick else (train.RECIPES["nano"].tokens_per_step[0] // seq_len, ADAMW_STEPS)
     windows = {split: train.Windows(data, 1, split, seq_len, len(table), fingerprint) for split in ("train", "val")}
 
     def run(muon: bool, lr: float, steps: int) -> tuple[float, float]:

@@ -34,7 +34,7 @@ def gpu_training(bench: Bench):
             plain, compiled = Flow(config), Flow(config)
         train.compile_parts(compiled)
         optimizers = build_optimizers(plain, 1e-4, dtype=device.dtype)
-        x, y = tokens(config, recipe.tokens_per_step // 2048, seq_len, device.torch)
+        x, y = tokens(config, recipe.tokens_per_step[2] // 2048, seq_len, device.torch)
         jobs = {kind: micro_step(model, x, y, device) for kind, model in {"compiled": compiled, "not compiled": plain}.items()}
         times = bench.alternate(jobs | {"update": update(plain, optimizers, device)})
         *micro, last = medians(times)
@@ -54,7 +54,7 @@ def gpu_pulse(bench: Bench):
         with device.torch:
             plain, compiled, flow = Pulse(PULSE_PRESETS[name]), Pulse(PULSE_PRESETS[name]), Flow(PRESETS[name])
         train.compile_parts(compiled)
-        x, y = tokens(flow.config, 2 if bench.quick else train.RECIPES[name].tokens_per_step // seq_len, seq_len, device.torch)
+        x, y = tokens(flow.config, 2 if bench.quick else train.RECIPES[name].tokens_per_step[0] // seq_len, seq_len, device.torch)
         jobs = {"compiled": micro_step(compiled, x, y, device), "not compiled": micro_step(plain, x, y, device)}
 
         def without_kernel(job: Callable = jobs["not compiled"], kernel: Callable = membranes.triton_scan):

@@ -42,24 +42,24 @@ from prepare import ArgumentParser, InputError
 class Recipe:
     """What a preset is trained with unless options say otherwise."""
 
-    tokens_per_step: int  # of one process and one micro-step: batch_size * seq_len
+    tokens_per_step: tuple[int, int, int]  # in phases 1, 2, 3, of one process and one micro-step: batch_size * seq_len
     grad_accum: int
-    steps: tuple[int, int, int]  # optimizer steps of phases 1, 2, 3
-    lr: float  # the peak of phases 1 and 2
+    steps: tuple[int, int, int]  # optimizer steps of the phases
+    lr: tuple[float, float, float]  # their peaks
 
 
-# nano's learning rate is from a sweep over whole curricula, all phases at the full rate, seed 0: for Flow 0.003 ends 0.2 to 0.6 % lower
-# and solves fewer problems, 0.016 is better for 100 steps and ends 1 to 5 % higher; for Pulse 0.006 ends 0.1 to 1.1 % higher. Its steps
-# fit about ten minutes on two CPU cores. The others' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per
-# parameter: neither has been tried.
+# nano's first learning rate is from a sweep over whole curricula, all phases at that rate and phase 2 with twice the batch, seed 0: for
+# Flow 0.003 ends 0.2 to 0.6 % lower and solves fewer problems, 0.016 is better for 100 steps and ends 1 to 5 % higher; for Pulse 0.006
+# ends 0.1 to 1.1 % higher. In phase 2 half the batch and twice the steps, at 1/sqrt(2) of the rate, teach more sums; in the short phase 3
+# a quarter of the rate is better than half and all of it, for both. Its steps fit about ten minutes on two CPU cores. The others' rates
+# follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per parameter: neither has been tried.
 RECIPES = {
-    "nano": Recipe(2048, 1, (1500, 1500, 500), 0.004),
-    "small": Recipe(32_768, 1, (8_000, 5_000, 3_000), 0.002),
-    "base": Recipe(32_768, 8, (4_000, 2_500, 1_500), 0.0016),
-    "1b": Recipe(16_384, 32, (24_000, 14_000, 8_000), 0.001),
+    "nano": Recipe((2048, 1024, 2048), 1, (1500, 3000, 500), (0.004, 0.0028, 0.001)),
+    "small": Recipe((32_768,) * 3, 1, (8_000, 5_000, 3_000), (0.002, 0.002, 0.0005)),
+    "base": Recipe((32_768,) * 3, 8, (4_000, 2_500, 1_500), (0.0016, 0.0016, 0.0004)),
+    "1b": Recipe((16_384,) * 3, 32, (24_000, 14_000, 8_000), (0.001, 0.001, 0.00025)),
 }
 RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So nano spends less than a sixth of Flow's energy
-PEAKS = {1: 1.0, 2: 1.0, 3: 0.25}  # of the preset's learning rate; of 1, 0.5 and 0.25 the best for both nanos' short phase 3
 SHORTEN = 0.25  # of Pulse: what is left at the start of phase 2 of the matrices of which only the direction matters
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak, at the end of a phase
@@ -209,7 +209,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, help="sequences per process and micro-step (default: the preset's tokens / seq_len)")
     parser.add_argument("--grad_accum", type=int, help="micro-steps per optimizer step (default: the preset's)")
     parser.add_argument("--seq_len", type=int, help="window in tokens (default: the phase's, 256, 1024 or 2048)")
-    parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's, in phase 3 a quarter of it)")
+    parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's for the phase)")
     parser.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices and embeddings (default: 0.1)")
     parser.add_argument("--rate_penalty", type=float, help=f"Pulse: nats per spike per synapse and token (default: {RATE_PENALTY})")
     parser.add_argument("--shorten", type=float, help=f"Pulse: factor of normalized matrices at the start of phase 2 (default: {SHORTEN})")
@@ -297,7 +297,7 @@ def train(args, device: Device, say):
     plan, windows = {}, {}
     for phase in [args.phase] if args.phase else PHASES:
         seq_len = args.seq_len or PHASES[phase][1]
-        batch_size = args.batch_size or max(1, recipe.tokens_per_step // seq_len)
+        batch_size = args.batch_size or max(1, recipe.tokens_per_step[phase - 1] // seq_len)
         plan[phase] = (seq_len, batch_size, args.grad_accum or recipe.grad_accum, args.steps or recipe.steps[phase - 1])
         splits = ("train", "val")
         windows[phase] = {split: Windows(args.data, phase, split, seq_len, config.vocab_size, fingerprint) for split in splits}
@@ -333,7 +333,7 @@ def train(args, device: Device, say):
 
     for phase, (seq_len, batch_size, grad_accum, steps) in plan.items():
         sequences = batch_size * grad_accum * device.ranks  # of one optimizer step
-        peak_lr = args.lr or recipe.lr * PEAKS[phase]
+        peak_lr = args.lr or recipe.lr[phase - 1]
         settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
         rate_penalty = RATE_PENALTY if args.rate_penalty is None else args.rate_penalty

@@ -100,7 +100,7 @@ def test_a_run_leaves_checkpoints_log_and_curves(finished, data):
     assert val[-1]["val_loss"] < val[0]["val_loss"] < np.log(400)
     checkpoint = load_checkpoint(finished / "phase3.pt")
     assert {"model", "config", "weights", "optimizer", "step", "phase", "data_fingerprint", "tokenizer"} <= checkpoint.keys()
-    assert [load_checkpoint(finished / f"phase{n}.pt")["settings"]["lr"] for n in (1, 2, 3)] == [0.004, 0.004, 0.001]
+    assert [load_checkpoint(finished / f"phase{n}.pt")["settings"]["lr"] for n in (1, 2, 3)] == [0.004, 0.0028, 0.001]
     assert checkpoint["data_fingerprint"] == prepare.load_meta(data)["fingerprint"]
     again = call("train.py", f"--data={data}", f"--out={finished}", "--steps=20", *SHORT)
     assert again.returncode == 0 and again.stdout.count("is finished") == 3 and log_of(finished) == lines
