@@ -191,3 +191,11 @@ def test_firing_takes_nothing_from_the_membrane_and_currents_do_not_add_up():
     for t in range(40 * CHUNK):
         _, zero = neuron(x[:, t : t + 1], zero)
     torch.testing.assert_close(zero, mem)
+
+
+def test_a_scan_is_one_operation_to_torch_compile():
+    """Its loop over tokens would be unrolled; outside of torch.compile it is called plainly."""
+    graphs, x = [], torch.rand(2, 70, 5)
+    compiled = torch.compile(lambda x: scan(x, x, x[:, 0]), backend=lambda graph, _: graphs.append(str(graph.graph)) or graph.forward)
+    assert torch.equal(compiled(x), scan(x, x, x[:, 0]))
+    assert len(graphs) == 1 and graphs[0].count("slms.scan") == 1 and "addcmul" not in graphs[0]
