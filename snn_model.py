@@ -427,11 +427,10 @@ class Pulse(nn.Module):
 
     def fan_outs(self) -> list[tuple[Neuron, int]]:
         """The neurons that feed matrices, those of the memories too, and how many synapses each of their spikes reaches."""
-        C, H, pairs = self.config.d_model, self.config.n_head, [(self.out, self.config.vocab_size)]
+        C, N, H, pairs = self.config.d_model, self.config.d_hidden, self.config.n_head, [(self.out, self.config.vocab_size)]
+        gated, apart = self.config.is_gated(), self.config.gates_apart()
         for block in self.layers:
-            apart, N = block.gate_encode is not None, self.config.d_hidden
-            pairs += [(block.encode, N * (1 + (self.config.is_gated() and not apart))), (block.hidden, C)]
-            pairs += [(block.gate_encode, N)] if apart else []
+            pairs += [(block.encode, N * (1 + gated - apart)), (block.hidden, C)] + [(block.gate_encode, N)] * apart
             pairs += [(block.feed_forward.encode, self.config.d_ff), (block.feed_forward.hidden, C)]
             if block.memory is not None:
                 pairs += [(block.memory.encode, 3 * C + 2 * H), (block.memory.o, C)]

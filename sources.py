@@ -54,7 +54,7 @@ def source_files(name: str) -> list[tuple[str, Callable[[], BinaryIO]]]:
     supported = f"expected {' '.join(FILE_TYPES)}, a folder of them, an hf:// address, or builtin"
     if name.startswith("hf://"):
         hub = hub_filesystem()
-        with hub_errors(name, ValueError, NotImplementedError):  # what huggingface_hub raises for an address that it cannot parse
+        with hub_errors(name, ValueError, NotImplementedError):  # what huggingface_hub raises for hf://name and for hf://
             names = [name] if hub.isfile(name) else ["hf://" + found.removeprefix("hf://") for found in sorted(hub.find(name))]
         sizes = dict.fromkeys(names, 1)
         openers = {n: functools.partial(hub.open, n, "rb") for n in names}

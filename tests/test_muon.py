@@ -13,6 +13,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 import muon
 from model import Flow, FlowConfig
 from muon import Muon, build_optimizers, orthogonalise
+from snn_model import Pulse, PulseConfig
 
 TINY = FlowConfig(vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, d_model=32, head_dim=16, d_ff=80, window=8, global_every=3)
 
@@ -144,6 +145,21 @@ def test_every_parameter_has_exactly_one_optimizer():
     assert len(matrices) == 3 * 7 and len(matrices) + len(rest) == len(list(model.parameters()))
     assert [g["weight_decay"] > 0 for g in adamw.param_groups] == [True, False]
     assert all(p.ndim == 1 for p in adamw.param_groups[1]["params"])
+
+
+def test_muon_gets_pulses_big_matrices_and_nothing_small_decays():
+    sizes = dict(vocab_size=61, n_layer=2, d_model=16, d_hidden=24, d_ff=20, n_head=2, memory_every=2)
+    model = Pulse(PulseConfig(**sizes))
+    names = {id(p): name for name, p in model.named_parameters()}
+    linears = ("in_proj", "gate_proj", "out_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+    expected = {"input_map", *(name for name in names.values() if "." in name and name.split(".")[-2] in linears)}
+    assert {names[id(p)] for p in model.muon_params()} == expected and len(expected) == 15
+    decaying = {
+        names[id(p)] for optimizer in build_optimizers(model, 0.01) for group in optimizer.param_groups
+        if group["weight_decay"] for p in group["params"]
+    }  # fmt: skip
+    assert not [name for name in decaying if name.endswith((".leak", ".gate_gain", ".gain", ".bias"))]
+    assert sum(name.endswith("leak") for name in names.values()) == 4  # betas are learned: two blocks, q and k
 
 
 def test_vectors_are_refused():

@@ -445,20 +445,6 @@ def test_presets_are_as_large_as_flows():
         assert config.num_params() == pytest.approx(theirs.num_params(), rel=0.02)
 
 
-def test_muon_gets_the_big_matrices_and_nothing_small_decays():
-    model = make()
-    names = {id(p): name for name, p in model.named_parameters()}
-    linears = ("in_proj", "gate_proj", "out_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
-    expected = {"input_map", *(name for name in names.values() if "." in name and name.split(".")[-2] in linears)}
-    assert {names[id(p)] for p in model.muon_params()} == expected and len(expected) == 15
-    decaying = {
-        names[id(p)] for optimizer in build_optimizers(model, 0.01) for group in optimizer.param_groups
-        if group["weight_decay"] for p in group["params"]
-    }  # fmt: skip
-    assert not [name for name in decaying if name.endswith((".leak", ".gate_gain", ".gain", ".bias"))]
-    assert sum(name.endswith("leak") for name in names.values()) == 4  # betas are learned: two blocks, q and k
-
-
 @pytest.mark.parametrize("leak", LEAKS)
 def test_betas_start_at_their_time_constants(leak):
     model = Pulse(dataclasses.replace(TINY, leak=leak, tau_max=20.0))
