@@ -39,7 +39,7 @@ from device import Device
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
 from teachers import Job, LocalTeacher, Problem, check_tokenizer, checkpoint_teacher, final_number, problem_key, prompt_ids
-from train import check_same, draw_curves, lr_at, trim_log
+from train import RATE_PENALTY, check_same, draw_curves, lr_at, trim_log
 
 DATA = Path("data/builtin")
 TEACHER = "Qwen/Qwen3-4B-Instruct-2507"  # what --teacher without a name means
@@ -165,6 +165,9 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
         raise InputError(f"{few} of at most {args.seq_len:,} tokens, a step takes {size}: give more, raise --seq_len or lower --batch_size")
     steps = max(1, round(args.epochs * (n // size)))
     peak_lr = args.lr or LR[args.optimizer] * (128 / model.config.d_model) ** 0.5
+    if source["model"] == "pulse":  # what it paid for its spikes while it learned to write, unless told otherwise
+        rate_penalty = source.get("settings", {}).get("rate_penalty", RATE_PENALTY) if args.rate_penalty is None else args.rate_penalty
+        model.rate_penalty = rate_penalty / args.grad_accum  # it acts in every micro-step
     say(f"device: {device}")
     say(f"student: {student}, {source['model']}, {model.config.num_params():,} parameters")
     left_out = f"; {examples.too_long:,} longer than --seq_len={args.seq_len} left out" if examples.too_long else ""
@@ -177,7 +180,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
         "examples_per_step": size, "optimizer": args.optimizer, "lr": peak_lr, "seed": args.seed, "seq_len": args.seq_len,
         "kl_weight": args.kl_weight if teacher else 0.0, "kl_temperature": args.kl_temperature if teacher else 0.0,
         "teacher": teacher.name if teacher else None,
-    }  # fmt: skip
+    } | ({"rate_penalty": rate_penalty} if source["model"] == "pulse" else {})  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     log, last = args.out / "log.jsonl", args.out / "last.pt"
     if args.fresh and device.rank == 0:
@@ -376,6 +379,7 @@ def parse_args(argv=None):
     parser.add_argument("--kl_weight", type=float, help="share of the loss that compares logits (default: 0.5 if teacher and student "
                         "have the same tokenizer, else 0)")  # fmt: skip
     parser.add_argument("--kl_temperature", type=float, default=2.0, help="softens both distributions (default: 2)")
+    parser.add_argument("--rate_penalty", type=float, help="Pulse: nats per spike per synapse and token (default: as it was trained)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the examples and of sampled answers (default: 0)")
     parser.add_argument("--save_interval", type=int, default=250, help="steps between checkpoints (default: 250)")
     parser.add_argument("--eval_interval", type=int, default=250, help="steps between validation losses (default: 250)")
@@ -389,6 +393,8 @@ def parse_args(argv=None):
             raise InputError(f"--{name}={getattr(args, name)} must be positive and finite")
     if args.samples < 0 or args.seed < 0:
         raise InputError(f"--samples={args.samples} and --seed={args.seed} cannot be negative")
+    if not 0 <= (args.rate_penalty or 0) < math.inf:
+        raise InputError(f"--rate_penalty={args.rate_penalty} must be 0 or more, and finite")
     greedy = args.temperature == 0 and max(args.samples, args.votes) == 1
     if args.temperature is not None and not (greedy or 0.01 <= args.temperature <= 100):
         raise InputError(f"--temperature={args.temperature} must be 0.01 to 100, or 0 (greedy) for a single answer")
@@ -452,6 +458,8 @@ def distill(args, device: Device, say):
             evaluate_all(path, path.stem, path.parent, evals, args, device, say)
         return
     student = None if args.trace else find_student(args)
+    if student and args.rate_penalty and load_checkpoint(student)["model"] != "pulse":
+        raise InputError(f"--rate_penalty={args.rate_penalty} is for a Pulse, and {student} is none: leave it out")
     options = (device.torch, args.gen_batch_size, args.teacher_model, args.concurrency)
     teacher = teachers.open_teacher(args.teacher, *options) if args.teacher else None
 

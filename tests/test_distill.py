@@ -23,6 +23,7 @@ from distill import Examples, distillation_loss, majority, wilson
 from model import Flow, FlowConfig, generate
 from prepare import InputError, render_chat
 from snn_model import Pulse, PulseConfig
+from spikes import firing_rates
 from teachers import INSTRUCTION, Answer, Job, final_number, problem_key, prompt_ids
 from word_problems import problems as word_problems
 
@@ -230,6 +231,21 @@ def test_flow_teaches_pulse_by_answers_and_logits(room):
     assert done.returncode == 0 and load_checkpoint(room / "out/no/last.pt")["settings"]["teacher"] is None
 
 
+def test_pulse_pays_for_its_spikes_in_distillation_too(room):
+    options = ["--student=out/pulse", "--problems=train.jsonl", "--eval", "val.jsonl", "--num_eval=1", "--epochs=4", *SHORT]
+    spikes, runs = [], {"spares": ["--rate_penalty=20"], "default": [], "wastes": ["--rate_penalty=0"]}
+    for name, penalty in runs.items():
+        works(*options, *penalty, f"--out=out/{name}", cwd=room)
+        model, tokenizer, checkpoint = load_model(room / f"out/{name}/last.pt")
+        assert checkpoint["settings"]["rate_penalty"] == {"spares": 20, "default": 0.1, "wastes": 0}[name]
+        text = "".join(p["question"] for p in lines_of(room / "val.jsonl"))
+        rates = firing_rates(model, torch.tensor([tokenizer.encode(text).ids]))
+        spikes.append(sum(rate["spikes"] * rate["neurons"] for rate in rates.values()))
+    assert spikes[0] < 0.9 * spikes[2], spikes
+    works(*options, "--student=out/spares", "--out=out/spares_again", cwd=room)  # as it was trained
+    assert load_checkpoint(room / "out/spares_again/last.pt")["settings"]["rate_penalty"] == 20
+
+
 def test_a_traces_file_alone_trains_a_student(room):
     traces = []
     for n, problem in enumerate(lines_of(room / "train.jsonl")):
@@ -318,6 +334,8 @@ def test_impossible_commands(here):
     refused("--temperature=0.0 must be", *base, "--temperature=0", "--samples=2")
     refused("--kl_weight=2.0 must be between 0 and 1", *base, "--kl_weight=2")
     refused("--kl_weight=0.5 compares logits", *base, "--kl_weight=0.5")
+    refused("--rate_penalty=0.1 is for a Pulse", *base, "--rate_penalty=0.1")
+    refused("--rate_penalty=-1.0 must be 0 or more", *base, "--rate_penalty=-1")
     refused("40 examples of at most 1,024 tokens, a step takes 64", *base, "--batch_size=64")
     refused("0 examples of at most 8 tokens", *base, "--seq_len=8")
     refused("data/builtin/problems_val.jsonl does not exist", "--student=out/flow")
