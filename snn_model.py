@@ -49,7 +49,7 @@ class PulseConfig:
     d_hidden: int = 192  # leaky neurons of a block
     d_ff: int = 352  # neurons of its feed-forward part
     num_steps: int = 48  # micro-steps per token = most spikes that a neuron fires per token
-    # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens, 2 % worse in 500 steps. 32 is no better.
+    # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens, 1 % worse in 500 steps. 32 is no better.
     tau_max: float = 4.0
     rheobase: float = 1.0  # of the neurons that encode the stream: weaker currents stay silent, so that finer steps cost no more spikes
     leak: str = "gated"  # the time constants are set by every token, "learned" one per neuron, or "fixed"
