@@ -281,7 +281,7 @@ def union(parent: np.ndarray, a: np.ndarray, b: np.ndarray):
 class Spool:
     """The documents that passed, in files under folder: their text, an index row each, and the keys that copies share."""
 
-    block = 1 << 16  # documents looked at together
+    block = 1 << 13  # documents looked at together, few so that lists of them stay small
 
     def __init__(self, folder: Path):
         folder.mkdir()
