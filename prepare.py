@@ -5,8 +5,8 @@
     python prepare.py texts/ --phase2 math.jsonl builtin --vocab_size=8192 --out=data/mine
     python prepare.py hf://datasets/roneneldan/TinyStories/TinyStories-train.txt --vocab_size=4096
 
-Two CPU cores do 5 to 12 MB/s. Memory stays below 1 GB however large the input, because the cleaned documents wait on disk beside --out
-(their size and 200 bytes each) while clean.py searches them for copies. data/<name>/ then holds tokenizer.json,
+Two CPU cores do 5 to 12 MB/s of a large text. Memory stays below 1 GB however large the input, because the cleaned documents wait on
+disk beside --out (their size and 200 bytes each) while clean.py searches them for copies. data/<name>/ then holds tokenizer.json,
 phase{1,2,3}_{train,val}_*.bin and meta.json. It is built in a hidden folder beside its final place and renamed at the very end, so an
 interrupted run changes nothing.
 """

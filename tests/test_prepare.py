@@ -204,14 +204,18 @@ def test_split_by_hash_is_stable_and_never_empty(tmp_path):
         assert documents("few", 1, "val") and len(documents("few", 1, "train")) > 40
 
 
-def test_splits_are_disjoint_over_all_phases_copies_included(tmp_path):
+def test_splits_are_disjoint_over_all_phases_copies_included(tmp_path, monkeypatch):
     rng = random.Random(10)
     texts = [prose(rng, 200) for _ in range(400)]
     edited = [text.replace(text.split()[20], "edited", 1) for text in texts]
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts[:300]])
     write_jsonl(tmp_path / "b.jsonl", [{"content": text} for text in edited[100:] + texts[100:150]])
     (tmp_path / "few.txt").write_text(texts[7] + "<|endoftext|>\n" + texts[120])
-    make("a.jsonl", "--phase2", "b.jsonl", "--phase3", "few.txt", "b.jsonl", "--val_fraction=0.1", out="out")
+    job = ("a.jsonl", "--phase2", "b.jsonl", "--phase3", "few.txt", "b.jsonl", "--val_fraction=0.1")
+    whole = make(*job, out="out")
+    with monkeypatch.context() as patch:
+        patch.setattr(clean.Spool, "block", 64)
+        assert make(*job, out="blocks") == whole, "documents looked at in one block or in many: the same text"
     found = {split: set() for split in ("train", "val")}
     for phase, split in itertools.product((1, 2, 3), found):
         shards = documents("out", phase, split)
