@@ -44,7 +44,7 @@ def save_checkpoint(path: Path, checkpoint: dict):
 def load_checkpoint(path: Path) -> dict:
     """The dict that save_checkpoint wrote, tensors on the CPU. Raises InputError for a file that is not one or is cut short."""
     if not path.exists():
-        raise InputError(f"{path} does not exist: train a model with `python train.py`, or name another file with --ckpt")
+        raise InputError(f"{path} does not exist: train a model with `python train.py`, or name another file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"model", "config", "weights", "tokenizer", "phase", "step"} <= checkpoint.keys():
@@ -52,7 +52,7 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as problem:  # the zip reader and the restricted unpickler raise many types; each means the same to a user
         why = type(problem).__name__
         raise InputError(f"{path} is cut short or not a checkpoint ({why}): name another, or train again with --fresh") from problem
-    raise InputError(f"{path} is not a checkpoint of this project: name another with --ckpt")
+    raise InputError(f"{path} is not a checkpoint of this project: name another")
 
 
 def load_weights(network, checkpoint: dict, path: Path):
@@ -79,7 +79,7 @@ def find_checkpoint(ckpt: str | None, model: str | None = None) -> Path:
         if ckpt is not None or model is None or load_checkpoint(file)["model"] == model:
             return file
     where, kind, option = ckpt or "out/", f"{model} " if model else "", f" --model={model}" if model else ""
-    raise InputError(f"{where} holds no {kind}checkpoint yet: make one with `python train.py{option}`, or name one with --ckpt")
+    raise InputError(f"{where} holds no {kind}checkpoint yet: make one with `python train.py{option}`, or name one")
 
 
 def load_model(path: Path, device="cpu", model: str | None = None):

@@ -30,7 +30,7 @@ SLOTS = BANDS * ROWS
 UNSET = np.uint64(2**64 - 1)
 MAX_REPEATED = 0.5  # of a document's shingles: literature stays below .1, manuals and source code below .5, looping text is above .8
 MIN_TEXT = 0.25  # letters and digits among the visible bytes: arithmetic has .5, source code .7, prose .9
-MAX_WORD = 40  # mean bytes per word: prose and source code have 3 to 10, base64 and minified data hundreds
+MAX_WORD = 40  # mean ASCII characters per word: prose and source code have 3 to 10, base64 and minified data hundreds
 BUCKETS = 128  # files the keys are spread over: 50 million documents make buckets of 70 MB; macOS allows 256 open files
 
 INDEX = np.dtype([("n_bytes", "<u4"), ("n_chars", "<u4"), ("hash", "<u8"), ("label", "u1"), ("chat", "u1")])
@@ -107,13 +107,13 @@ def shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hashes of all runs of SHINGLE words, of all texts at once.
 
     Returns (hashes (S,) uint64, text number of each (S,) int64 ascending, is each text text at all (len(texts),) bool).
-    A text of fewer words has one shingle. In scripts without spaces (UTF-8 lead byte >= 0xE0) each character is a word.
+    A text of fewer words has one shingle. Each Chinese or Japanese character (UTF-8 lead byte 0xE3 to 0xE9) is a word.
     """
     buffer = np.frombuffer(b"\n".join(texts) + b"\n", dtype=np.uint8)
     begin = np.cumsum([0] + [len(t) + 1 for t in texts[:-1]])
     letters = FOLD[buffer]
     in_word = letters != 0
-    word_starts = in_word & (buffer >= 0xE0)
+    word_starts = in_word & (buffer >= 0xE3) & (buffer <= 0xE9)
     word_starts[0] |= in_word[0]
     word_starts[1:] |= in_word[1:] & ~in_word[:-1]
     first = np.flatnonzero(word_starts)
@@ -128,7 +128,7 @@ def shingles(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     visible = np.add.reduceat(buffer > 32, begin, dtype=np.int64)
     is_text = np.add.reduceat(IS_TEXT[buffer], begin, dtype=np.int64) >= MIN_TEXT * np.maximum(visible, 1)
-    is_text &= np.add.reduceat(in_word, begin, dtype=np.int64) <= MAX_WORD * n_words
+    is_text &= np.add.reduceat(in_word & (buffer < 0x80), begin, dtype=np.int64) <= MAX_WORD * n_words
 
     pad = SHINGLE - 1  # empty words after each text, so that no shingle reaches into the next one
     padded = np.zeros(len(words) + pad * (len(texts) + 1), np.uint64)
@@ -348,7 +348,7 @@ HEAD, TAIL = 1, 2  # parts of a document: all training text is HEAD, all validat
 
 class Splits(NamedTuple):
     parts: dict[int, np.ndarray]  # phase -> (n,) uint8: HEAD, TAIL, both, or 0 for a document the phase does not use
-    cut: dict[int, float]  # document of both -> share of its characters that is HEAD
+    cut: dict[int, float]  # document of both -> share of its characters that is HEAD; of its copies no phase uses another
     exact: np.ndarray  # (n,) bool: an earlier document has the same text
 
     def wanted(self, phase: int, split: str) -> np.ndarray:
@@ -384,12 +384,13 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
 
     A cluster is on the same side in all phases: validation if a source says so for one of its documents, training if one
     says that, else by the hash of its first text. A phase in which val_fraction of the documents without a label is less
-    than one document has the last tenth of their text for validation instead.
+    than one document has the last tenth of their text for validation instead, without those that a phase of fewer documents
+    has divided before it.
     """
     root, exact = spool.clusters()
     n = spool.n
     label, below = np.empty(n, np.uint8), np.empty(n, bool)
-    is_val, labelled = np.zeros(n, bool), np.zeros(n, bool)  # of a cluster, at its root
+    is_val, labelled, divided = (np.zeros(n, bool) for _ in range(3))  # of a cluster, at its root
     for first, rows in spool.rows(0, n):
         block = slice(first, first + len(rows))
         label[block], below[block] = rows["label"], rows["hash"] < np.uint64(val_fraction * 2**64)
@@ -399,34 +400,35 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
     barred = of_cluster(is_val, root) & (label == TRAIN)  # training text that is also validation text
     free = of_cluster(~labelled, root)
     del label, below, labelled  # a byte per document each
-    kept, edge = {}, {}  # edge: root of a cluster -> share of its characters that is training text
+    kept, cut = {}, {}
     for phase, ranges in phases.items():
         candidates = np.zeros(n, bool)
         for start, stop in ranges:
             candidates[start:stop] = ~barred[start:stop]
         kept[phase] = first_of_cluster(root, candidates)
-        ours = kept[phase] & free
-        if 0 < ours.sum() < 1 / val_fraction:
-            for cluster, share in cut_last_tenth(spool, ours, root).items():
-                edge[cluster] = min(share, edge.get(cluster, 1.0))
-        elif ours.any() and not (of_cluster(is_val, root) & kept[phase]).any():
-            is_val[root[smallest_hash(spool, ours)]] = True
-    for cluster, share in edge.items():
-        is_val[cluster] = share == 0
-    val, cut = of_cluster(is_val, root), {}
-    both = np.zeros(n, bool)
-    both[[cluster for cluster, share in edge.items() if 0 < share < 1]] = True
-    both = of_cluster(both, root)
-    side = np.where(val, np.uint8(TAIL), np.uint8(HEAD))
-    side[both] = HEAD | TAIL
-    parts = {phase: kept.pop(phase) * side for phase in phases}
-    for doc in np.flatnonzero(both).tolist():
-        cut[doc] = edge[root[doc]]
-    return Splits(parts, cut, exact)
+    for phase in sorted(phases, key=lambda phase: int((kept[phase] & free).sum())):
+        few, ours = (kept[phase] & free).sum() < 1 / val_fraction, kept[phase] & free & ~of_cluster(divided, root)
+        if few and ours.any():
+            for doc, share in cut_last_tenth(spool, ours).items():
+                is_val[root[doc]], divided[root[doc]] = share == 0, True
+                if 0 < share < 1:
+                    cut[doc] = share
+        elif ours.any():
+            val = of_cluster(is_val, root) & kept[phase]
+            if not val.any() or (val == kept[phase]).all():  # the hash has put all on one side
+                is_val[root[smallest_hash(spool, ours)]] ^= True
+    side = np.where(of_cluster(is_val, root), np.uint8(TAIL), np.uint8(HEAD))
+    side[list(cut)] = HEAD | TAIL
+    for doc in cut:  # in place of its copies, which may be longer: their training part could hold its validation part
+        for docs in kept.values():
+            copies = docs & (root == root[doc])
+            docs[copies] = False
+            docs[doc] = copies.any()
+    return Splits({phase: kept.pop(phase) * side for phase in phases}, cut, exact)
 
 
-def cut_last_tenth(spool: Spool, docs: np.ndarray, root: np.ndarray) -> dict[int, float]:
-    """{cluster: training share} of the documents where docs is true when the last tenth of their characters is split off.
+def cut_last_tenth(spool: Spool, docs: np.ndarray) -> dict[int, float]:
+    """{document: training share} of those where docs is true when the last tenth of their characters is split off.
 
     The cut is at int(0.9 * characters), which is where char-rnn and nanoGPT cut tinyshakespeare; chats stay whole.
     """
@@ -434,7 +436,7 @@ def cut_last_tenth(spool: Spool, docs: np.ndarray, root: np.ndarray) -> dict[int
     ends = np.cumsum(rows["n_chars"], dtype=np.int64)
     shares = np.clip((int(0.9 * int(ends[-1])) - ends + rows["n_chars"]) / rows["n_chars"], 0.0, 1.0)
     shares[rows["chat"] > 0] = np.floor(shares[rows["chat"] > 0])
-    return dict(zip(root[docs].tolist(), shares.tolist()))
+    return dict(zip(np.flatnonzero(docs).tolist(), shares.tolist()))
 
 
 def smallest_hash(spool: Spool, docs: np.ndarray) -> int:

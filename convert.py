@@ -34,14 +34,14 @@ from coreml_models import MAX_DIM, PREFILL, FlowOnDevice, PulseOnDevice, ranges
 from prepare import ArgumentParser, InputError, run
 
 HERE = Path(__file__).resolve().parent
-# --compress: (bits, what coremltools is told). Only the matrices of conv and linear are compressed, so norms, gains, betas and
+# --compress: what coremltools is told. Only the matrices of conv and linear are compressed, so norms, gains, betas and
 # biases stay as they are; RoPE's angles and the rows of the embedding are inputs.
 COMPRESSIONS = {
-    "none": (16, None),
-    "int8": (8, {"dtype": "int8", "granularity": "per_channel"}),
-    "palette6": (6, {"nbits": 6}),
-    "palette4": (4, {"nbits": 4}),
-    "int4": (4, {"dtype": "int4", "granularity": "per_block", "block_size": 32}),  # the recipe of Apple's on-device Llama 3.1
+    "none": None,
+    "int8": {"dtype": "int8", "granularity": "per_channel"},
+    "palette6": {"nbits": 6},
+    "palette4": {"nbits": 4},
+    "int4": {"dtype": "int4", "granularity": "per_block", "block_size": 32},  # the recipe of Apple's on-device Llama 3.1
 }
 MIN_CONTEXT = 128  # a prompt of a chunk and the 64 tokens that verification generates have to fit
 DESCRIPTIONS = {
@@ -74,6 +74,9 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     parser.add_argument("--push", metavar="USER/NAME", help="with --to=hf: publish the folder on the Hugging Face Hub")
     args = parser.parse_args(argv)
+    coreml_only = ("target", "compress", "group_size", "context", "chunks", "no_state", "data")
+    if args.to == "hf" and (given := [name for name in coreml_only if getattr(args, name) != parser.get_default(name)]):
+        raise InputError(f"--{given[0]}={getattr(args, given[0])} is for Core ML packages: leave it out, or --to=hf")
     if args.push and args.to != "hf":
         raise InputError("--push publishes Hugging Face folders: add --to=hf")
     if args.group_size is not None and (not args.compress.startswith("palette") or args.group_size < 1):
@@ -191,7 +194,7 @@ def compress(mlmodel, kind: str, group_size: int | None):
     """The model with its matrices compressed; which ones could not be is seen in the package."""
     import coremltools.optimize.coreml as cto
 
-    _, options = COMPRESSIONS[kind]
+    options = COMPRESSIONS[kind]
     if options is None:
         return mlmodel
     if "nbits" in options:
@@ -257,7 +260,7 @@ def check_sizes(args, model) -> int | None:
         if args.context is not None:
             raise InputError(f"--context={args.context} is for Flow: Pulse reads any number of tokens with the same state")
         return None
-    context = args.context or config.max_seq_len
+    context = config.max_seq_len if args.context is None else args.context
     limit = min(MAX_DIM, config.max_seq_len)
     if not MIN_CONTEXT <= context <= limit:
         why = "the Neural Engine's largest dimension" if limit == MAX_DIM else "what the model was made for"
@@ -337,10 +340,12 @@ def main(argv=None):
     model, tokenizer, checkpoint = load_model(path, model=args.model)
     args.kind = checkpoint["model"]
     print(f"{path}: {args.kind}, {model.config.num_params():,} parameters, phase {checkpoint['phase']}", file=sys.stderr)
-    out = args.out or path.parent.with_name(f"{path.parent.name}-{args.to}")
+    home = path if path.is_dir() else path.parent
+    home = home.resolve() if home.name in ("", "..") else home
+    out = args.out or home.with_name(f"{home.name}-{args.to}")
     with new_folder(out, args.overwrite) as folder:
         if args.to == "hf":
-            publish.write_folder(folder, model, checkpoint, path.parent)
+            publish.write_folder(folder, model, checkpoint, home)
         else:
             to_coreml(args, model, tokenizer, checkpoint, folder)
     print(f"wrote {out}")

@@ -23,7 +23,6 @@ from snn_model import DELAYS, KEY_EPS, Pulse
 
 PREFILL = {"flow": 32, "pulse": 8}  # tokens of a prompt that prefill reads at a time; Pulse's neurons take them one by one
 ALIGN = 32  # the Neural Engine pads the last dimension of a tensor to 64 bytes
-MASKED = -1e4  # exp of it is 0 in fp16 and fp32, and a score added to it does not overflow
 MAX_DIM = 16_384  # the Neural Engine takes no larger dimension
 
 
@@ -105,7 +104,7 @@ class FlowOnDevice(OnDevice):
     """Layers first to last - 1 of a Flow for Q tokens; the last package of several also has the head.
 
     Inputs, in this order, those that the layers need: `x` the rows of the embedding or what the package before gave; `cos` and
-    `sin` of the positions; `mask_window`, `mask_full` [1, 1, Q, S], 0 where a query may look and MASKED elsewhere; `position`
+    `sin` of the positions; `mask_window`, `mask_full` [1, 1, Q, S], 0 where a query may look and predict.MASKED elsewhere; `position`
     int32 [1] of the first token; then the caches. A layer's cache holds keys and values, [1, 2K, D, S] (ane) or [1, 2K, S, D].
     A global layer writes its tokens at `position`, a sliding one moves its cache by Q and appends them.
     """

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from word_problems import Problem, problems
+from workers import start_worker
 
 Document = str | list[Problem]  # prose, or one or more word problems
 
@@ -101,7 +102,7 @@ def modules(packages: tuple[str, ...]) -> list[Module]:
     module and in a validation module."""
     seen: set[str] = set()
     found = []
-    with multiprocessing.Pool() as pool:
+    with multiprocessing.Pool(initializer=start_worker) as pool:
         for name, units in pool.imap(read_module, source_files(packages), chunksize=16):
             fresh = []
             for unit in units:

@@ -7,11 +7,11 @@
     python distill.py --evaluate --student=out/flow                     # only measure a checkpoint
 
 Three stages, joined by files: traces (JSON lines, one per answer, written as they come), training (loss on the answer and its end
-token only) and evaluation on problems that no answer was trained on. Each goes on where it was stopped when the same command is
-given again. A run leaves in --out: last.pt, log.jsonl, curves.png and eval_*.jsonl with every answer of the evaluation.
+token only) and evaluation on problems that no answer was trained on. Traces and training go on where they were stopped when the
+same command is given again; evaluation is made anew. A run leaves in --out: last.pt, log.jsonl, curves.png and eval_*.jsonl with
+every answer of the evaluation.
 """
 
-import collections
 import dataclasses
 import datetime
 import hashlib
@@ -22,7 +22,6 @@ import re
 import signal
 import time
 from contextlib import nullcontext
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +35,10 @@ import prepare
 import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from device import Device
+from exact_match import final_number, majority, wilson
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
-from teachers import Job, LocalTeacher, Problem, check_tokenizer, checkpoint_teacher, final_number, problem_key, prompt_ids
+from teachers import Job, LocalTeacher, Problem, check_tokenizer, checkpoint_teacher, problem_key, prompt_ids
 from train import RATE_PENALTY, check_same, draw_curves, lr_at, trim_log
 
 DATA = Path("data/builtin")
@@ -291,6 +291,8 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
             say(f"stopped at step {step:,}; saved in {last}: the same command goes on from there")
             device.barrier()
             raise SystemExit(130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if device.rank == 0:
         draw_curves(args.out)
     device.barrier()
@@ -298,19 +300,6 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share of `right` in `n` independent trials (Wilson 1927); unlike +- 2 standard errors it stays in [0, 1]."""
-    p, d = right / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / d, z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def majority(finals: list[Fraction | None]) -> Fraction | None:
-    """The number most answers end in, of equals the first; answers without a number do not vote (arXiv:2203.11171)."""
-    votes = collections.Counter(final for final in finals if final is not None)
-    return max(votes, key=votes.get) if votes else None
 
 
 def evaluate(student: LocalTeacher, problems: list[Problem], args, transcripts: Path) -> str:
@@ -339,8 +328,10 @@ def evaluate(student: LocalTeacher, problems: list[Problem], args, transcripts: 
 
 def evaluate_all(checkpoint: Path, label: str, folder: Path, evals: dict[str, list[Problem]], args, device: Device, say):
     student = checkpoint_teacher(checkpoint, device.torch, args.gen_batch_size)
+    stems = {name: re.sub(r"\.(jsonl|jsonl\.gz|parquet)$", "", Path(name).name) for name in evals}
     for name, problems in evals.items():
-        stem = re.sub(r"\.(jsonl|jsonl\.gz|parquet)$", "", Path(name).name)
+        unique = list(stems.values()).count(stems[name]) == 1
+        stem = stems[name] if unique else re.sub(r"[^A-Za-z0-9.-]+", "_", name.strip("./"))
         transcripts = folder / f"eval_{label}_{stem}.jsonl"
         say(f"{label} {stem}: {evaluate(student, problems, args, transcripts)}; {transcripts}", flush=True)
 
@@ -391,8 +382,8 @@ def parse_args(argv=None):
                  "grad_accum", "seq_len", "lr", "kl_temperature", "save_interval", "eval_interval", "log_interval"):  # fmt: skip
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name}={getattr(args, name)} must be positive and finite")
-    if args.samples < 0 or args.seed < 0:
-        raise InputError(f"--samples={args.samples} and --seed={args.seed} cannot be negative")
+    if args.samples < 0 or not 0 <= args.seed < 2**63:
+        raise InputError(f"--samples={args.samples} and --seed={args.seed} cannot be negative, nor a seed 2^63 or more")
     if not 0 <= (args.rate_penalty or 0) < math.inf:
         raise InputError(f"--rate_penalty={args.rate_penalty} must be 0 or more, and finite")
     greedy = args.temperature == 0 and max(args.samples, args.votes) == 1
@@ -410,6 +401,8 @@ def parse_args(argv=None):
 
 
 def load_problems(name: str, limit: int | None, skip_bad: bool, say) -> list[Problem]:
+    if Path(name).parent == DATA and not Path(name).exists():
+        raise InputError(f"{name} does not exist: make it with `python prepare.py`, or name other problems")
     problems, skipped = teachers.read_problems(name, skip_bad)
     say(f"{name}: {len(problems):,} problems" + (f", {skipped:,} bad lines left out" if skipped else ""))
     return problems[:limit]
@@ -432,25 +425,29 @@ def find_student(args) -> Path:
     if args.student is None and (settings := load_checkpoint(path).get("settings", {})) and "student" in settings:
         args.out = args.out or path.parent
         path = Path(settings["student"].rpartition("@")[0])
-    args.out = args.out or Path("out") / f"{path.resolve().parent.name}_distilled"
+    home = path.resolve() if path.is_dir() else path.resolve().parent
+    args.out = args.out or Path("out") / f"{home.name}_distilled"
+    if args.out.resolve() == home:
+        raise InputError(f"--out={args.out} holds the student, whose last.pt the run would replace: name another folder")
     return path
 
 
-def logit_teacher(args, teacher, student: Path):
+def logit_teacher(args, teacher, checkpoint: dict):
     """The teacher if its logits are to be learned, else None; settles --kl_weight. Raises InputError when they cannot be."""
-    checkpoint = load_checkpoint(student)
     same = isinstance(teacher, LocalTeacher) and (
         teacher.tokenizer.to_str() == Tokenizer.from_str(checkpoint["tokenizer"]).to_str()
         and teacher.model.config.vocab_size == checkpoint["config"]["vocab_size"]
     )
     if args.kl_weight and not same:
-        raise InputError(f"--kl_weight={args.kl_weight} compares logits: it needs a local --teacher with the tokenizer of {student}")
+        raise InputError(f"--kl_weight={args.kl_weight} compares logits: it needs a local --teacher with the student's tokenizer")
     args.kl_weight = (0.5 if same else 0.0) if args.kl_weight is None else args.kl_weight
     return teacher if args.kl_weight else None
 
 
 def distill(args, device: Device, say):
     names = args.eval or [f"{DATA}/problems_val.jsonl", f"{DATA}/problems_test.jsonl"]
+    if args.trace and not args.eval:  # only to see that no question of theirs is asked
+        names = [name for name in names if Path(name).exists()]
     evals = {name: load_problems(name, args.num_eval, args.skip_bad, say) for name in names}
     if args.evaluate:
         path = find_checkpoint(args.student)
@@ -458,10 +455,12 @@ def distill(args, device: Device, say):
             evaluate_all(path, path.stem, path.parent, evals, args, device, say)
         return
     student = None if args.trace else find_student(args)
-    if student and args.rate_penalty and load_checkpoint(student)["model"] != "pulse":
+    source = load_model(student)[2] if student and student.is_dir() else load_checkpoint(student) if student else {}
+    if student and args.rate_penalty and source["model"] != "pulse":
         raise InputError(f"--rate_penalty={args.rate_penalty} is for a Pulse, and {student} is none: leave it out")
     options = (device.torch, args.gen_batch_size, args.teacher_model, args.concurrency)
     teacher = teachers.open_teacher(args.teacher, *options) if args.teacher else None
+    compared = logit_teacher(args, teacher, source) if student else None  # refuses before an answer is paid for
 
     if args.traces and not teacher:
         traces = teachers.read_traces(args.traces, None)
@@ -481,8 +480,7 @@ def distill(args, device: Device, say):
     if args.trace:
         say(f"next: python distill.py --traces={path} --eval FILE --student=...")
         return
-    teacher = logit_teacher(args, teacher, student)
-    train(args, student, pairs, evals[names[0]], teacher, device, say)
+    train(args, student, pairs, evals[names[0]], compared, device, say)
     if device.rank == 0:
         for checkpoint, label in ((student, "before"), (args.out / "last.pt", "after")):
             evaluate_all(checkpoint, label, args.out, evals, args, device, say)

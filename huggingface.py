@@ -25,9 +25,12 @@ def hf_name(name: str) -> str:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as problem:
         raise ValueError(f"{path} is not JSON ({problem}): download the folder again") from problem
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: download the folder again")
+    return content
 
 
 def config_from_hf(folder: Path) -> dict:

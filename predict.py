@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-MASKED = -1e4
+MASKED = -1e4  # exp of it is 0 in fp16 and fp32, and a score added to it does not overflow
 
 
 class Host:

@@ -65,6 +65,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main: Callable):
     """main(), with the errors a user can mend as one line on stderr: exit code 2, or 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         main()
         sys.stdout.flush()  # so that a closed pipe is noticed here
@@ -197,6 +198,8 @@ OURS = re.compile(r"tokenizer\.json|meta\.json|phase[123]_(train|val)_\d{5}\.bin
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
     """An empty folder beside out to build in, which becomes out if all goes well; what a killed run left is tidied up first."""
+    if out.is_symlink():  # to another disk, say: the folder is there, and its neighbours must be too
+        out = out.resolve()
     if out.name in ("", ".."):
         raise InputError(f"--out={out} names no folder of its own: expected one such as data/mine")
     if out.exists():
@@ -246,7 +249,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val", nargs="+", metavar="SOURCE", help="validation text of all phases (default: split off the sources)")
     parser.add_argument("--field", help="field of .jsonl and .parquet that holds the text (default: text, content, question + answer)")
     parser.add_argument("--vocab_size", type=int, default=1024, help="260 to 65536 (default 1024)")
-    parser.add_argument("--out", type=Path, help="folder to write (default: data/<name of the first source>)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: data/ and the name of the first source but builtin)")
     parser.add_argument("--push", metavar="USER/NAME", help="then publish the folder as a data set on the Hugging Face Hub")
     parser.add_argument("--val_fraction", type=float, default=0.02, help="share of the documents kept for validation (default 0.02); "
                         "if that is less than one document, the last tenth of the text is")
@@ -255,6 +258,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, low, high in (("vocab_size", 260, 65536), ("val_fraction", 0.0001, 0.5), ("shard_tokens", 1024, 2**31 - 1)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name}={getattr(args, name)} is out of range: expected {low} to {high}")
+    if args.source and all(getattr(args, f"phase{phase}") for phase in WINDOWS):
+        raise InputError(f"{args.source[0]} would not be read, every phase has sources of its own: give it to --phase1, 2 or 3")
     if "builtin" in (args.val or []):
         raise InputError("--val=builtin: the built-in corpus brings its own validation text: leave --val out")
     return args

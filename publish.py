@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from curves import read_log
 from huggingface import hf_name, read_json, read_weights
 from model import Flow, FlowConfig
 from shards import load_meta
@@ -68,13 +69,9 @@ def card(model: nn.Module, kind: str, figures: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measured(log: Path, phase: int) -> list[dict]:
-    """The last evaluation of each phase up to `phase` in a run's log.jsonl, none if there is no log."""
-    last = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        entry = json.loads(line)
-        if "val_bpb" in entry and entry["phase"] <= phase:
-            last[entry["phase"]] = entry
+def measured(log: Path, phase: int, step: int) -> list[dict]:
+    """The last evaluation of each phase in a run's log.jsonl, up to a step of a phase; none if there is no log."""
+    last = {line["phase"]: line for line in read_log(log) if "val_bpb" in line and (line["phase"], line["step"]) <= (phase, step)}
     return [last[n] for n in sorted(last)]
 
 
@@ -111,7 +108,8 @@ def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) ->
             "chat_template": CHAT_TEMPLATE,
         },
     )  # fmt: skip
-    (folder / "README.md").write_text(card(model, kind, measured(run / "log.jsonl", checkpoint["phase"])), encoding="utf-8")
+    figures = measured(run / "log.jsonl", checkpoint["phase"], checkpoint["step"])
+    (folder / "README.md").write_text(card(model, kind, figures), encoding="utf-8")
 
 
 def read_folder(folder: str | Path):
@@ -130,9 +128,13 @@ def read_folder(folder: str | Path):
             model.load_state_dict(weights | {"lm_head.weight": weights["token_embedding.weight"]})
         else:
             model = Flow.from_pretrained(folder)
-        return model.eval(), Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer_json = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as problem:  # what a foreign or broken folder makes of a reader
         raise InputError(f"{folder} is not a folder of `convert.py --to=hf` ({problem})".splitlines()[0]) from problem
+    try:
+        return model.eval(), Tokenizer.from_str(tokenizer_json)
+    except Exception as problem:  # tokenizers raises bare Exceptions
+        raise InputError(f"{folder}/tokenizer.json is no tokenizer ({problem}): write the folder again") from problem
 
 
 def push(folder: Path, name: str, kind: str = "model", card: str | None = None) -> None:

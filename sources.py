@@ -60,8 +60,8 @@ def source_files(name: str) -> list[tuple[str, Callable[[], BinaryIO]]]:
         openers = {n: functools.partial(hub.open, n, "rb") for n in names}
     else:
         path = Path(name)
-        if not path.exists():
-            raise InputError(f"{name} does not exist: {supported}")
+        if not name or not path.exists():  # Path("") would be the current folder
+            raise InputError(f"{name or 'a source without a name'} does not exist: {supported}")
         paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         sizes = {str(p): p.stat().st_size for p in paths}
         openers = {str(p): functools.partial(open, p, "rb") for p in paths}
@@ -121,7 +121,8 @@ def choose_fields(present: Iterable[str], field: str | None, where: str) -> tupl
     for names in ((field,),) if field else TEXT_FIELDS:
         if all(name in present for name in names):
             return names
-    raise InputError(f"{where}: no field {field or 'text, content or question + answer'}, found {', '.join(map(str, present)) or 'none'}: "
+    found = " ".join(", ".join(present).split()) or "none"
+    raise InputError(f"{where}: no field {field or 'text, content or question + answer'}, found {found}: "
                      f"name the field that holds the text with --field")
 
 
@@ -151,6 +152,12 @@ def read_jsonl(name: str, file: BinaryIO, field: str | None) -> Iterator[str | l
 
 
 def read_parquet(name: str, file: BinaryIO, field: str | None) -> Iterator[str | list[dict]]:
+    for record in parquet_records(name, file, lambda present: choose_fields(present, field, name)):
+        yield item_of(record, choose_fields(record, field, name), name)
+
+
+def parquet_records(name: str, file: BinaryIO, choose: Callable[[list[str]], Iterable[str]]) -> Iterator[dict]:
+    """The rows of a parquet file, of the columns that `choose` picks of all their names."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -158,10 +165,10 @@ def read_parquet(name: str, file: BinaryIO, field: str | None) -> Iterator[str |
         raise InputError(f"{name}: .parquet files need pyarrow: pip install pyarrow") from None
     try:
         table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # else whole row groups wait in memory
-        names = choose_fields(table.schema_arrow.names, field, name)
-        for batch in table.iter_batches(batch_size=256, columns=list(names)):
-            for record in batch.to_pylist():
-                yield item_of(record, names, name)
+        for batch in table.iter_batches(batch_size=256, columns=list(choose(table.schema_arrow.names))):
+            yield from batch.to_pylist()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: a field is not UTF-8 ({error}): convert the file first") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{name} is not a whole parquet file ({' '.join(str(error).split())[:200]}): download it again") from None
 

@@ -1,4 +1,4 @@
-"""Who answers a word problem, and whether the answer is right: problem files, final numbers, teachers, and files of their answers.
+"""Who answers a word problem: problem files, teachers, and files of their answers.
 
 A teacher is a Qwen3 folder or hub id of Hugging Face, any server that speaks OpenAI's chat completions (vLLM, Ollama, llama.cpp),
 or a checkpoint of this project; distill.py asks it and evaluates students with the same code.
@@ -17,7 +17,6 @@ import json
 import os
 import queue
 import random
-import re
 import threading
 import time
 import urllib.error
@@ -33,9 +32,11 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoint import find_checkpoint, for_writing, load_model
+from exact_match import NUMBER, final_number, parse_number
+from huggingface import read_json
 from model import Flow, generate
 from prepare import InputError, chat_ids
-from sources import hub_errors, read_parquet, source_files
+from sources import hub_errors, parquet_records, source_files
 
 # What an instruct model is asked to do; a checkpoint of this project gets the question alone, as it was trained.
 INSTRUCTION = "Solve the problem step by step, one short sentence per step. End with a line of #### and the final number, without unit."
@@ -61,51 +62,6 @@ class Answer(NamedTuple):
     text: str
     tokens: int  # made for it; 0 if a server does not say
     finish: str  # "stop", "length" (cut off), or why there is no text
-
-
-# ---------------------------------------------------------------------------------------------------------- final numbers
-
-NUMBER = re.compile(r"(?<![\w.])[-−–]?\s*[$€£]?\s*[-−]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?![\d.]))?"
-                    r"|(?<![\w.])[-−–]?\s*[$€£]?\s*\.\d+|\d+(?:\.\d+)?")  # fmt: skip
-MARK = re.compile(r"####|\\boxed\s*\{")
-PHRASE = re.compile(r"\banswer\W*(?:is|:|=)\W*?(?=[-−–$€£.\d\\])(.*)", re.IGNORECASE)
-
-
-def parse_number(text: str) -> Fraction | None:
-    """The first number in a short text: 1,234 or $12.50 or -3 or 3/4 or \\frac{3}{4}; the part behind an equals sign if there is one."""
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
-    text = text.replace("{,}", ",").replace("\\$", "$")
-    text = re.sub(r"\\[!,;]", "", text)
-    text = re.sub(r"\\[a-z]+|[{}*\\]", " ", text)
-    for part in reversed(text.split("=")):
-        if match := NUMBER.search(part):
-            found = re.sub(r"[\s,$€£]", "", match[0].replace("−", "-").replace("–", "-"))
-            above, _, below = found.partition("/")
-            return Fraction(above) / Fraction(below or 1) if Fraction(below or 1) else None
-    return None
-
-
-def final_number(text: str) -> Fraction | None:
-    """The result that an answer states: what stands behind its last #### or in its last \\boxed{}, or else behind "the answer is".
-
-    Without any of these None: the last number of a text may be anything.
-    """
-    marks = list(MARK.finditer(text))
-    for mark in reversed(marks):
-        rest = text[mark.end() :]
-        if mark[0] == "####":
-            rest = rest.strip().partition("\n")[0]
-        else:
-            depth = 1
-            for end, character in enumerate(rest):
-                depth += (character == "{") - (character == "}")
-                if not depth:
-                    rest = rest[:end]
-                    break
-        if (number := parse_number(rest)) is not None:
-            return number
-    phrases = PHRASE.findall(text) if not marks else []
-    return parse_number(phrases[-1]) if phrases else None
 
 
 # --------------------------------------------------------------------------------------------------------------- problems
@@ -139,8 +95,8 @@ def make_problem(record, where: str) -> Problem:
 def records(name: str, file) -> Iterator[tuple[str, object]]:
     """(where, record) of a file; the record is an InputError where a line is no JSON."""
     if name.lower().endswith(".parquet"):
-        for number, item in enumerate(read_parquet(name, file, None), 1):
-            yield f"{name}:{number}", item[0] if isinstance(item, list) else {}
+        rows = parquet_records(name, file, lambda present: {"question", "answer"} & set(present))
+        yield from ((f"{name}:{number}", record) for number, record in enumerate(rows, 1))
         return
     for number, line in enumerate(gzip.GzipFile(fileobj=file) if name.lower().endswith(".gz") else file, 1):
         if line.strip():
@@ -248,11 +204,13 @@ def pretrained_teacher(folder: Path, name: str, device, batch_size: int) -> Loca
         model = Flow.from_pretrained(folder, torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         if not (folder / "tokenizer.json").exists():
             raise FileNotFoundError(f"{folder / 'tokenizer.json'} is missing: download the folder again")
-        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        generation, main = (json.loads(path.read_text()) if (path := folder / file).exists() else {}
+        generation, main = (read_json(path) if (path := folder / file).exists() else {}
                             for file in ("generation_config.json", "config.json"))  # fmt: skip
-    except (ValueError, FileNotFoundError) as problem:
-        raise InputError(f"{' '.join(str(problem).split())}: --teacher takes Qwen3 folders, servers and checkpoints") from problem
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as problem:
+        why = f"{folder}/config.json lacks {problem}" if isinstance(problem, KeyError) else " ".join(str(problem).split())
+        raise InputError(f"{why}: --teacher takes Qwen3 folders, servers and checkpoints") from problem
+    try:
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except Exception as problem:  # tokenizers raises bare Exceptions for a file that is not its own
         raise InputError(f"{folder}/tokenizer.json is no tokenizer ({problem}): download the folder again") from problem
     check_tokenizer(folder, tokenizer, model.config.vocab_size)
@@ -313,7 +271,10 @@ class ServerTeacher:
     """An OpenAI-compatible server, asked `concurrency` questions at a time."""
 
     def __init__(self, url: str, model: str | None, concurrency: int):
-        parts = urllib.parse.urlsplit(url)
+        try:
+            parts = urllib.parse.urlsplit(url)
+        except ValueError as problem:
+            raise InputError(f"--teacher: no web address ({problem}): expected one such as http://host:port/v1") from None
         if parts.username or parts.password or parts.query:
             raise InputError(f"--teacher={parts.scheme}://{parts.hostname}... holds more than an address: a key belongs into {KEY}")
         self.url, self.concurrency, self.failed = url.rstrip("/"), concurrency, threading.Event()
@@ -334,7 +295,9 @@ class ServerTeacher:
     def request(self, path: str, body: dict | None = None):
         """The JSON that the server answers. Raises Retry for what may pass, InputError for what will not."""
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
+        if key := os.environ.get(KEY, "").strip():
+            if not (key.isascii() and key.isprintable()):  # http.client would print it with its complaint
+                raise InputError(f"{KEY} holds characters that no key has: set it again")
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode() if body else None, headers)
         try:
@@ -413,22 +376,34 @@ class ServerTeacher:
 # ----------------------------------------------------------------------------------------------------------------- traces
 
 
+TRACE = {"key", "sample", "question", "answer", "final", "correct", "finish", "tokens", "teacher"}  # what a line is read for
+
+
 def read_traces(path: Path, teacher: str | None) -> dict[tuple[str, int], dict]:
     """(problem key, sample) -> line of a traces file; a last line that a kill cut short is left out.
 
     Raises InputError for a malformed line, and when another teacher made the file than the one named.
     """
     traces = {}
+    if teacher is None and not path.exists():
+        raise InputError(f"--traces={path} does not exist: name a file of answers, or a --teacher to ask")
     text = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
         try:
             trace = json.loads(line)
+            if missing := TRACE - trace.keys():
+                raise KeyError(*missing)
             traces[trace["key"], trace["sample"]] = trace
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"{path}:{number}: not a trace of distill.py: remove the line or name another --traces") from None
         if teacher is not None and trace["teacher"] != teacher:
             raise InputError(f"{path} holds answers of {trace['teacher']}, not of {teacher}: remove it or name another --traces")
     return traces
+
+
+def cut_short(trace: dict | None, max_new_tokens: int) -> bool:
+    """Is there no answer, or one that ended at a lower limit than max_new_tokens?"""
+    return trace is None or trace["finish"] == "length" and trace.get("max_new_tokens", max_new_tokens) < max_new_tokens
 
 
 def make_traces(path: Path, teacher, problems: list[Problem], args, say) -> dict[tuple[str, int], dict]:
@@ -445,11 +420,12 @@ def make_traces(path: Path, teacher, problems: list[Problem], args, say) -> dict
         whole = path.read_bytes()
         file.truncate(whole.rfind(b"\n") + 1)  # half a line of a run that was killed
         jobs = [Job(problem_key(p.question), k, p.question) for p in problems for k in range(args.samples)]
-        missing = [job for job in jobs if (job.key, job.sample) not in traces]
+        missing = [job for job in jobs if cut_short(traces.get((job.key, job.sample)), args.max_new_tokens)]
         say(f"traces: {len(jobs) - len(missing):,} of {len(jobs):,} answers are in {path}; teacher {teacher.name}")
         began, tokens, told = time.perf_counter(), 0, time.perf_counter()
         for n, (job, answer) in enumerate(teacher.answers(missing, temperature, args.max_new_tokens, args.seed), 1):
-            trace = trace_of(job, answer, numbers[job.key]) | {"teacher": teacher.name, "temperature": temperature}
+            made = {"teacher": teacher.name, "temperature": temperature, "max_new_tokens": args.max_new_tokens}
+            trace = trace_of(job, answer, numbers[job.key]) | made
             file.write(json.dumps(trace, ensure_ascii=False).encode() + b"\n")
             file.flush()
             traces[job.key, job.sample] = trace

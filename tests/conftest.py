@@ -99,3 +99,45 @@ def finished(data, tmp_path_factory):
     done = call("train.py", f"--data={data}", f"--out={out}", "--steps=20", "--eval_interval=10", *SHORT)
     assert done.returncode == 0, done.stderr
     return out
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def make(*args, out):
+    """prepare.py in this process, with a small vocabulary unless one is given; what meta.json says."""
+    import prepare
+
+    prepare.main([*map(str, args), f"--out={out}", *([] if "--vocab_size" in str(args) else ["--vocab_size=300"])])
+    return prepare.load_meta(out)
+
+
+def tokens(folder, phase, split):
+    import numpy as np  # not above: it looks at the number of threads
+
+    import prepare
+
+    return np.concatenate([prepare.read_shard(path)[1] for path in prepare.shard_paths(folder, phase, split)])
+
+
+def documents(folder, phase, split):
+    """The documents in the shards, as text."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    ids = tokens(folder, phase, split)
+    assert ids[-1] == 0
+    parts = np.split(ids, np.flatnonzero(ids == 0) + 1)[:-1]
+    return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
+
+
+@pytest.fixture
+def one_process(monkeypatch, tmp_path):
+    """Without worker processes unless a test asks for them, and in a folder of its own."""
+    import prepare
+
+    monkeypatch.setattr(prepare, "WORKERS", 1)
+    monkeypatch.chdir(tmp_path)

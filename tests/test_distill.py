@@ -2,12 +2,10 @@
 input gets."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
 import time
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -19,12 +17,13 @@ import distill
 import prepare
 import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
-from distill import Examples, distillation_loss, majority, wilson
+from distill import Examples, distillation_loss
+from exact_match import final_number
 from model import Flow, FlowConfig, generate
 from prepare import InputError, render_chat
 from snn_model import Pulse, PulseConfig
 from spikes import firing_rates
-from teachers import INSTRUCTION, Answer, Job, final_number, problem_key, prompt_ids
+from teachers import INSTRUCTION, Answer, Job, problem_key, prompt_ids
 from word_problems import problems as word_problems
 
 SHORT = ["--batch_size=4", "--log_interval=2", "--max_new_tokens=12", "--device=cpu"]
@@ -167,26 +166,6 @@ def test_distillation_loss_against_loops():
     assert loss.item() == pytest.approx(sum(expected) / 4, rel=1e-5)
     loss.backward()
     assert (logits.grad[targets < 0] == 0).all() and (logits.grad[targets >= 0] != 0).all()
-
-
-# ---- evaluation ----
-
-
-def test_wilson_is_where_the_score_test_rejects():
-    for right, n in ((0, 7), (3, 10), (90, 100), (600, 600)):
-        low, high = wilson(right, n)
-        for bound, start in ((low, 0.0), (high, 1.0)):
-            a, b = start, right / n  # |right/n - p| = 1.96 sqrt(p (1 - p) / n) between these, by bisection
-            for _ in range(60):
-                p = (a + b) / 2
-                a, b = (p, b) if abs(right / n - p) > 1.96 * math.sqrt(p * (1 - p) / n) else (a, p)
-            assert bound == pytest.approx(b, abs=1e-9)
-    assert wilson(0, 7)[0] == 0 and wilson(600, 600)[1] == 1
-
-
-def test_majority():
-    assert majority([Fraction(2), None, Fraction(3), Fraction(3)]) == 3
-    assert majority([Fraction(2), Fraction(3)]) == 2 and majority([None, None]) is None and majority([None, None, Fraction(5)]) == 5
 
 
 # ---- the script ----

@@ -1,7 +1,6 @@
 """From raw text to shards: reading, cleaning, copies, splits, tokenizer, shards, and what happens when something goes wrong."""
 
 import gzip
-import itertools
 import json
 import random
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, prose, random_text, slow_shingles
+from conftest import ROOT, documents, make, prose, random_text, tokens, write_jsonl
 from tokenizers import Tokenizer
 
 import clean
@@ -21,40 +20,12 @@ import corpus
 import prepare
 import sources
 
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def script(*args, cwd, prefix=()):
     command = [sys.executable, *prefix, str(ROOT / "prepare.py"), *map(str, args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-def make(*args, out):
-    prepare.main([*map(str, args), f"--out={out}", *([] if "--vocab_size" in str(args) else ["--vocab_size=300"])])
-    return prepare.load_meta(out)
-
-
-def tokens(folder, phase, split):
-    return np.concatenate([prepare.read_shard(path)[1] for path in prepare.shard_paths(folder, phase, split)])
-
-
-def documents(folder, phase, split):
-    """The documents in the shards, as text."""
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    ids = tokens(folder, phase, split)
-    assert ids[-1] == 0
-    parts = np.split(ids, np.flatnonzero(ids == 0) + 1)[:-1]
-    return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch, tmp_path):
-    """Without worker processes unless a test asks for them, and in a folder of its own."""
-    monkeypatch.setattr(prepare, "WORKERS", 1)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -157,88 +128,6 @@ def test_what_is_dropped(tmp_path, capsys):
 
 
 # ---- splits ----
-
-
-def test_one_text_gives_its_last_tenth(tmp_path):
-    text = prose(random.Random(8), 3000) + "漢字 é\n"
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    meta = make("book.txt", out="out")
-    edge = int(0.9 * len(text))
-    for phase in (1, 2, 3):
-        assert documents("out", phase, "train") == [text[:edge]] and documents("out", phase, "val") == [text[edge:]]
-    assert meta["phases"]["1"]["val"]["bytes"] == len(text[edge:].encode())
-    assert (tmp_path / "out/phase1_train_00000.bin").samefile("out/phase3_train_00000.bin")
-
-
-def test_few_documents_are_cut_in_order(tmp_path):
-    rng = random.Random(9)
-    texts = [prose(rng, n) for n in (300, 50, 200, 20, 30)]
-    for i, text in enumerate(texts):
-        (tmp_path / f"{i}.md").write_text(text)
-    make(*sorted(tmp_path.glob("*.md")), out="out")
-    whole = "".join(texts)
-    assert "".join(documents("out", 1, "train")) == whole[: int(0.9 * len(whole))]
-    assert "".join(documents("out", 1, "val")) == whole[int(0.9 * len(whole)) :]
-
-
-def test_chats_are_not_cut(tmp_path):
-    write_jsonl(tmp_path / "qa.jsonl", [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(12)])
-    make("qa.jsonl", out="out")
-    train, val = documents("out", 1, "train"), documents("out", 1, "val")
-    assert len(train) == 10 and len(val) == 2
-    assert all(text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n") for text in train + val)
-
-
-def test_split_by_hash_is_stable_and_never_empty(tmp_path):
-    rng = random.Random(23)
-    texts = [prose(rng, 30) for _ in range(600)]
-    write_jsonl(tmp_path / "less.jsonl", [{"text": text} for text in texts[:300]])
-    write_jsonl(tmp_path / "more.jsonl", [{"text": text} for text in reversed(texts)])
-    make("less.jsonl", out="less")
-    make("more.jsonl", out="more")
-    less, more = (set(documents(folder, 1, "val")) for folder in ("less", "more"))
-    assert 0 < len(less) < 20 and less == more & set(texts[:300])
-    for i in range(5):
-        write_jsonl(tmp_path / "few.jsonl", [{"text": text} for text in texts[51 * i : 51 * i + 51]])
-        make("few.jsonl", out="few")
-        assert documents("few", 1, "val") and len(documents("few", 1, "train")) > 40
-
-
-def test_splits_are_disjoint_over_all_phases_copies_included(tmp_path, monkeypatch):
-    rng = random.Random(10)
-    texts = [prose(rng, 200) for _ in range(400)]
-    edited = [text.replace(text.split()[20], "edited", 1) for text in texts]
-    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts[:300]])
-    write_jsonl(tmp_path / "b.jsonl", [{"content": text} for text in edited[100:] + texts[100:150]])
-    (tmp_path / "few.txt").write_text(texts[7] + "<|endoftext|>\n" + texts[120])
-    job = ("a.jsonl", "--phase2", "b.jsonl", "--phase3", "few.txt", "b.jsonl", "--val_fraction=0.1")
-    whole = make(*job, out="out")
-    with monkeypatch.context() as patch:
-        patch.setattr(clean.Spool, "block", 64)
-        assert make(*job, out="blocks") == whole, "documents looked at in one block or in many: the same text"
-    found = {split: set() for split in ("train", "val")}
-    for phase, split in itertools.product((1, 2, 3), found):
-        shards = documents("out", phase, split)
-        found[split].update(word for text in shards for word in slow_shingles(text, clean.SHINGLE))
-        assert len(shards) > 5
-    assert len(found["train"] & found["val"]) <= 2, "the few shingles across edits' ends at most"
-    make("few.txt", "--phase2", "a.jsonl", "--phase3", "a.jsonl", out="out")
-    tail = documents("out", 1, "val")[-1]
-    assert tail and any(text.endswith(tail) for text in documents("out", 2, "val"))
-    assert not any(tail in text for text in documents("out", 2, "train")), "what phase 1 holds out, phase 2 holds out"
-
-
-def test_validation_text_of_its_own(tmp_path):
-    rng = random.Random(11)
-    texts = [prose(rng, 60) for _ in range(30)]
-    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
-    write_jsonl(tmp_path / "val.jsonl", [{"text": text} for text in texts[:5] + [prose(rng, 60)]])
-    meta = make("train.jsonl", "--val", "val.jsonl", out="out")
-    assert documents("out", 2, "train") == texts[5:] and documents("out", 2, "val")[:5] == texts[:5]
-    assert [row["exact copy"] for row in meta["cleaning"]] == [0, 5]
-    with pytest.raises(prepare.InputError, match="phase 1: train.jsonl leaves no training text.*also validation text"):
-        make("train.jsonl", "--val", "train.jsonl", out="out")
-    assert documents("out", 2, "train") == texts[5:]
 
 
 def test_tokenizer_never_sees_validation_text(tmp_path):

@@ -1,4 +1,4 @@
-"""teachers.py: final numbers, problem files, traces, and a loopback server that is slow, refuses, fails and hangs up."""
+"""teachers.py: problem files, traces, and a loopback server that is slow, refuses, fails and hangs up."""
 
 import gzip
 import json
@@ -14,35 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, call_distill as call, distill_works as works, lines_of, write_problems
 
+from exact_match import final_number
 from prepare import InputError
-from teachers import Problem, chosen_traces, final_number, read_problems, read_traces
-from word_problems import problems as word_problems
+from teachers import Problem, chosen_traces, read_problems, read_traces
 
 KEY = "sk-secret-of-the-test"
 
 
-# ---- final numbers, problem files ----
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("48 / 2 = <<48/2=24>>24\n#### 24", 24), ("#### 1,234,567", 1234567), ("#### $12.50", "12.5"), ("#### 42 apples", 42),
-        ("#### -7", -7), ("#### \u22127", -7), ("#### -$7", -7), ("#### $-7", -7), ("####\n42", 42), ("#### **42**.", 42),
-        ("#### 18%", 18), ("#### .5", "1/2"), ("#### 2.0", 2), ("#### 6 * 7 = 42", 42), ("#### 3/4", "3/4"), ("#### 5\nand #### 6", 6),
-        (r"so \boxed{42}", 42), (r"\boxed{1{,}234}", 1234), (r"\boxed{\$1\,234.5}", "1234.5"), (r"\boxed{\frac{3}{4}}", "3/4"),
-        (r"\boxed{\text{42 apples}}", 42), (r"\boxed{x = -3}", -3), ("#### Step 2: add 5\n" + r"\boxed{12}", 12),
-        ("The answer is $\\boxed{9}$.", 9), ("**Answer:** 3 eggs", 3), ("The final answer is $18.", 18),
-        ("there are 5 of them", None), ("####", None), ("the answer is unknown, 5", None), ("#### 1/0", None), ("", None),
-    ],
-)  # fmt: skip
-def test_final_number(text, number):
-    assert final_number(text) == (None if number is None else Fraction(number))
-
-
-def test_the_reference_of_every_word_problem_is_found():
-    for problem in word_problems("val", 200):
-        assert final_number(problem["answer"]) == int(problem["answer"].rpartition("####")[2])
+# ---- problem files ----
 
 
 def test_problem_files_of_all_kinds_are_read(tmp_path):
@@ -52,10 +31,13 @@ def test_problem_files_of_all_kinds_are_read(tmp_path):
     records = [{"question": "1 + 1?", "answer": "1 + 1 = 2\n#### 2"}, {"question": "2 + 2?", "answer": "#### 4"}]
     expected = [Problem("1 + 1?", "1 + 1 = 2\n#### 2", Fraction(2)), Problem("2 + 2?", "#### 4", Fraction(4))]
     plain = write_problems(tmp_path / "a.jsonl", [*records, {"question": " 1 +  1? ", "answer": "#### 3"}])  # the first of two counts
+    extra = [record | {"text": "of another kind", "answer": i} for i, record in enumerate(records)]
+    parquet.write_table(pyarrow.Table.from_pylist(extra), tmp_path / "e.parquet")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(write_problems(tmp_path / "b", records).read_bytes()))
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "c.parquet")
     for path in (plain, tmp_path / "b.jsonl.gz", tmp_path / "c.parquet"):
         assert read_problems(str(path), False) == (expected, 0)
+    assert [p.number for p in read_problems(str(tmp_path / "e.parquet"), False)[0]] == [0, 1]
     numbers = write_problems(tmp_path / "d.jsonl", [{"question": "3?", "answer": 3}, {"question": "4?", "answer": "-4.5"}])
     assert [p.number for p in read_problems(str(numbers), False)[0]] == [3, Fraction(-9, 2)]
 
@@ -166,6 +148,12 @@ def test_a_server_is_asked_together_and_again_and_its_key_is_in_no_file(tmp_path
     asked = len(server.asked)
     works(*command, "--traces=t.jsonl", cwd=tmp_path)
     assert len(server.asked) == asked  # nothing was missing
+    lines = lines_of(tmp_path / "t.jsonl")
+    lines[0] |= {"finish": "length", "max_new_tokens": 5}  # a short try; the same at the limit of now is not asked again
+    lines[1] |= {"finish": "length", "max_new_tokens": 512}
+    write_problems(tmp_path / "t.jsonl", lines)
+    works(*command, "--traces=t.jsonl", cwd=tmp_path)
+    assert server.asked[asked:] == [lines[0]["question"]]
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY not in path.read_text(errors="replace")
 
@@ -180,8 +168,10 @@ def test_what_a_server_cannot_do_is_one_line(tmp_path):
     assert "failed 6 times in a row (HTTP 500): what has come is kept" in done.stderr
     assert [t["question"] for t in lines_of(tmp_path / "t.jsonl")] == ["0?", "1?", "2?"]
     server.trouble = {"3?": [500] * 6 + [401]}
-    done = call(*options, f"--teacher={server.url}", cwd=tmp_path, OPENAI_API_KEY=KEY)
+    done = call(*options, f"--teacher={server.url}", cwd=tmp_path, OPENAI_API_KEY=KEY + "\r\n")
     assert done.returncode == 2 and "HTTP 401" in done.stderr and "OPENAI_API_KEY" in done.stderr and KEY not in done.stderr
+    done = call(*options, f"--teacher={server.url}", cwd=tmp_path, OPENAI_API_KEY=KEY + "\r\nX: 1")
+    assert done.returncode == 2 and "holds characters that no key has" in done.stderr and KEY not in done.stderr
     server.shutdown()
     server.server_close()
     done = call(*options, f"--teacher={server.url}", cwd=tmp_path)
@@ -215,13 +205,17 @@ def test_killed_while_asking_nothing_is_lost_or_doubled(tmp_path):
 
 def test_traces_of_another_teacher_and_broken_ones_are_refused(tmp_path):
     path = tmp_path / "t.jsonl"
-    path.write_text('{"key": "a", "sample": 0, "teacher": "x"}\n{"key": "a", "sample": 1, "teacher": "x"}\n{"key": "b", "sam')
+    line = '{"key": "a", "sample": 0, "question": "1?", "answer": "#### 1", "final": "1", "correct": true, "finish": "stop", "tokens": 3'
+    path.write_text(f'{line}, "teacher": "x"}}\n{line.replace("0", "1")}, "teacher": "x"}}\n{{"key": "b", "sam')
     assert list(read_traces(path, "x")) == [("a", 0), ("a", 1)]
     with pytest.raises(InputError, match="holds answers of x, not of y: remove it or name another --traces"):
         read_traces(path, "y")
-    path.write_text("[]\n")
-    with pytest.raises(InputError, match=r"t.jsonl:1: not a trace"):
-        read_traces(path, None)
+    for other in ("[]", "5", line + "}", '{"key": "a", "sample": 0}'):
+        path.write_text(other + "\n")
+        with pytest.raises(InputError, match=r"t.jsonl:1: not a trace"):
+            read_traces(path, None)
+    with pytest.raises(InputError, match="--traces=typo.jsonl does not exist"):
+        read_traces(tmp_path.relative_to(tmp_path) / "typo.jsonl", None)
 
 
 def test_only_whole_right_different_answers_are_kept():
