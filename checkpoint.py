@@ -98,7 +98,10 @@ def load_model(path: Path, device="cpu", model: str | None = None):
         raise InputError(f"{path} holds a {name} model, not {model or ' or '.join(MODELS)}: leave --model out or name another --ckpt")
     if not path.is_dir():
         Model, Config, _ = MODELS[name]
-        network, tokenizer = Model(Config(**checkpoint["config"])), Tokenizer.from_str(checkpoint["tokenizer"])
+        try:
+            network, tokenizer = Model(Config(**checkpoint["config"])), Tokenizer.from_str(checkpoint["tokenizer"])
+        except (TypeError, ValueError) as problem:
+            raise InputError(f"{path} is of another version of this {name} ({problem}): train it again, or use that version") from problem
         load_weights(network, checkpoint, path)
     return network.to(device).eval(), tokenizer, checkpoint
 

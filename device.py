@@ -28,7 +28,9 @@ def choose_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
-        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on this one
+        torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError) as problem:
         why = str(problem).splitlines()[0]
         raise InputError(f"--device={name} cannot be used here ({why}): leave it out to take what is there") from problem
@@ -67,9 +69,7 @@ class Device:
         self.ranks, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         self.torch = choose_device(name)
         self.dtype = torch.bfloat16 if has_bf16(self.torch) else torch.float32
-        if self.torch.type == "cuda":
-            torch.cuda.set_device(self.torch)
-        elif self.torch.type == "cpu":
+        if self.torch.type == "cpu":
             keep_freed_memory()
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.torch.type == "cuda" else "gloo")

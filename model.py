@@ -42,7 +42,7 @@ class FlowConfig:
     global_every: int = 4  # layer i sees everything when (i + 1) % global_every == 0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
-    max_seq_len: int = 2048  # the longest sequence it is meant for; a longer one is not refused
+    max_seq_len: int = 2048  # the longest sequence it is meant for; forward() does not refuse a longer one, train.py and sample.py do
     tie_embeddings: bool = True
     global_layers: tuple[int, ...] | None = None  # when given: exactly these layers see everything (imported models)
 
@@ -50,6 +50,8 @@ class FlowConfig:
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+            if type(value) is float and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0 and finite")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}, the key heads they share")
         if self.head_dim % 2:

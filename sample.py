@@ -47,12 +47,12 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=int, default=16, help="sequences at a time with --prompts_file (default: 16)")
     parser.add_argument("--energy", action="store_true", help="instead of writing: the spikes and nanojoules that --prompt costs a Pulse")
     parser.add_argument("--raster", type=Path, help="instead of writing: draw the spikes of a Pulse reading --prompt into this picture")
-    parser.add_argument("--int8", action="store_true", help="a Flow on a CPU with 8-bit weights: 2 to 4 times as fast from 10M weights on")
+    parser.add_argument("--int8", action="store_true", help="a Flow on a CPU with 8-bit weights: up to twice as fast from 10M weights on")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_args(argv)
     for name in ("num_samples", "max_new_tokens", "top_k", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name}={getattr(args, name)} must be at least 1")
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) < 2**31:
+            raise InputError(f"--{name}={getattr(args, name)} must be at least 1 and below 2**31")
     if args.temperature < 0:
         raise InputError(f"--temperature={args.temperature} cannot be negative: 0 is greedy, 1 the model's own distribution")
     if args.temperature != 0 and not 0.01 <= args.temperature <= 100:
@@ -150,7 +150,11 @@ def answer_file(model, tokenizer: Tokenizer, encode, args, stop_ids: list[int]):
     if not prompts:
         raise InputError(f"{args.prompts_file} holds no prompts: write one per line")
     encoded = [encode(prompt) for prompt in prompts]
-    new = room(model.config, max(map(len, encoded)), args)
+    longest = max(encoded, key=len)
+    try:
+        new = room(model.config, len(longest), args)
+    except InputError as problem:
+        raise InputError(f"{args.prompts_file}, {prompts[encoded.index(longest)][:30]!r}...: {problem}") from problem
     count, start = 0, time.perf_counter()
     with open(args.output, "w", encoding="utf-8") as file, tqdm(total=len(prompts), unit="prompts") as bar:
         for i in range(0, len(prompts), args.batch_size):
@@ -165,6 +169,7 @@ def answer_file(model, tokenizer: Tokenizer, encode, args, stop_ids: list[int]):
 
 def chat(model, tokenizer: Tokenizer, args, stop_ids: list[int]):
     """A conversation on stdin and stdout. The oldest turns are forgotten when it no longer fits what the model reads."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # a question that is not UTF-8 is refused below, without an end to the conversation
     limit, messages = getattr(model.config, "max_seq_len", None), []
     print("Ask something; Ctrl-D ends.", file=sys.stderr)
     while True:

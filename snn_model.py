@@ -31,6 +31,7 @@ from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Recall, Square, Unit
 # fire once or not at all, and digits are copied wrongly.
 GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, READ_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0, 4.0
 STEPS = 16  # with more micro-steps what is carried from token to token is counted more finely
+MAX_STEPS = 256  # bf16 holds all integers up to here
 LEAKS = ("gated", "learned", "fixed")
 START_SCALE = 0.1  # of matrices whose result is normalized: it changes nothing yet, but lets Muon's first steps turn the weights further
 TAU_KEY = 1.5  # queries and keys remember this many tokens at most, at the start: little more than the present one
@@ -61,6 +62,10 @@ class PulseConfig:
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.num_steps > MAX_STEPS:
+            raise ValueError(f"num_steps={self.num_steps} must be at most {MAX_STEPS}: larger counts are not exact in bf16")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps={self.norm_eps} must be above 0")
         if not 1 <= self.tau_max < math.inf:
             raise ValueError(f"tau_max={self.tau_max} must be at least 1 token, 1 is a neuron without memory")
         if not 0 <= self.rheobase < math.inf:
@@ -95,14 +100,14 @@ class PulseConfig:
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of one training step (forward and backward) per token, whatever `seq_len`.
 
-        6 per weight of a matrix product; the memory's products inside a chunk of L tokens are 6 * (5 L / 2 + 4 D) * C, of which
+        6 per weight of a matrix product; the memory's products inside a chunk of L tokens are 6 * (5 L / 2 + 3 D) * C, of which
         L / 2 each for k kᵀ, q kᵀ and the products with their masked halves. Scan and firing are not matrix products and not counted.
         """
         C, L, D = self.d_model, min(CHUNK, seq_len), self.d_model // self.n_head
         n_memory = sum(self.has_memory(i) for i in range(self.n_layer))
         block = (2 + self.is_gated()) * C * self.d_hidden + 2 * C * self.d_ff
         matrices = self.vocab_size * C + C * C + self.n_layer * block + n_memory * (4 * C * C + 2 * C * self.n_head)
-        return 6 * matrices + n_memory * 6 * C * (2.5 * L + 4 * D)
+        return 6 * matrices + n_memory * 6 * C * (2.5 * L + 3 * D)
 
 
 PRESETS: dict[str, PulseConfig] = {  # Flow's widths and depths, d_ff chosen for Flow's number of parameters

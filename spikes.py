@@ -205,7 +205,8 @@ def listen(model: Pulse, ids: list[int]) -> tuple[dict[nn.Module, Tensor], dict[
 
 def token_label(tokenizer: Tokenizer, token: int) -> str:
     """The text of a token with its blanks made visible; a byte that is no character by itself shows as a replacement mark."""
-    return tokenizer.decode([token], skip_special_tokens=False).replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    text = tokenizer.decode([token], skip_special_tokens=False).replace(" ", "·").replace("\n", "↵").replace("\t", "→")
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path):
@@ -223,6 +224,8 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
         raise InputError("a raster needs matplotlib: pip install matplotlib") from problem
     if len(ids) > MAX_TOKENS:
         raise InputError(f"the text has {len(ids):,} tokens, a readable raster at most {MAX_TOKENS}: shorten it")
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"{path} is no picture that can be written: end its name in .png, .svg or .pdf")
     counts, membranes = listen(model, ids)
     T, K = len(ids), model.config.num_steps
     groups = []  # (label, layer of neurons, rows)
@@ -239,7 +242,7 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
     shades = {"cmap": colormaps["RdBu_r"].resampled(2 * most + 1), "vmin": -most - 0.5, "vmax": most + 0.5}
     for axis, (label, neuron, rows) in zip(above, groups):
         n = counts[neuron].size(1)
-        step = max(1, n // rows)
+        step = -(-n // rows)
         order = neuron.leak.detach().cpu().argsort() if neuron.leaky else torch.arange(n)
         chosen = order[step // 2 :: step]
         image = axis.imshow(counts[neuron].T[chosen].numpy(), aspect="auto", interpolation="nearest", **shades)
@@ -269,7 +272,4 @@ def raster(model: Pulse, tokenizer: Tokenizer, ids: list[int], path: str | Path)
         axis.set_xticks(range(T), labels, rotation=90, fontsize=8, parse_math=False)
     above[0].tick_params(top=True, labeltop=True)
     figure.suptitle("Spikes per neuron and token; in each group fast membranes on top, slow ones below", fontsize=10)
-    known = figure.canvas.get_supported_filetypes()
-    if Path(path).suffix[1:] not in known:
-        raise InputError(f"{path} is no picture that can be written: end its name in .png, .svg or .pdf")
     figure.savefig(path, dpi=130)

@@ -296,7 +296,9 @@ def train(args, device: Device, say):
     # a phase whose data are too few must not be found out after the phases before it.
     plan, windows = {}, {}
     for phase in [args.phase] if args.phase else PHASES:
-        seq_len = args.seq_len or PHASES[phase][1]
+        seq_len, limit = args.seq_len or PHASES[phase][1], getattr(config, "max_seq_len", math.inf)  # a Pulse reads any number
+        if seq_len > limit:
+            raise InputError(f"phase {phase} has windows of {seq_len:,} tokens, the model reads {limit:,}: add --max_seq_len={seq_len}")
         batch_size = args.batch_size or max(1, recipe.tokens_per_step[phase - 1] // seq_len)
         plan[phase] = (seq_len, batch_size, args.grad_accum or recipe.grad_accum, args.steps or recipe.steps[phase - 1])
         splits = ("train", "val")

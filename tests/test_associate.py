@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snn_model import CHUNK, associate, delay
+from snn_model import CHUNK, Pulse, PulseConfig, associate, delay
 
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 
@@ -71,3 +71,16 @@ def test_delayed_spikes_arrive_as_many_tokens_late_as_they_should(tokens, N):
         piece, on_the_way = delay(sent[:, t : t + 1], on_the_way, tokens)
         pieces.append(piece)
     assert torch.equal(torch.cat(pieces, 1), arrived) and torch.equal(on_the_way, late)
+
+
+def test_flops_count_what_the_matrix_products_do():
+    """Against PyTorch's own counter, which counts masked halves, but no triangular system."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    T, config = 2 * CHUNK, PulseConfig(vocab_size=50, n_layer=3, d_model=24, d_hidden=20, d_ff=28, memory_every=2)
+    model = Pulse(config).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.randint(50, (1, T)), targets=torch.randint(50, (1, T)))
+    masked, system = 3 / 2 * CHUNK, CHUNK  # of the one memory, multiply-accumulates per token and fibre
+    counted = counter.get_total_flops() / T - 2 * config.d_model * (masked - system)
+    assert counted == pytest.approx(config.flops_per_token(T) / 3)

@@ -45,6 +45,9 @@ def test_unreadable_checkpoints_are_refused(finished, tmp_path):
         save_checkpoint(tmp_path / "older.pt", checkpoint | {part: {key: x for key, x in checkpoint[part].items() if key != name}})
         with pytest.raises(InputError, match="has the weights of another version of this flow: train it again"):
             load_model(tmp_path / "older.pt")
+    save_checkpoint(tmp_path / "newer.pt", checkpoint | {"config": checkpoint["config"] | {"speed": 9}})
+    with pytest.raises(InputError, match="is of another version of this flow .*'speed'.*: train it again"):
+        load_model(tmp_path / "newer.pt")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):

@@ -38,10 +38,11 @@ def test_half_precision_stays_as_close_as_the_model_does():
     assert 0 < ours < 1.5 * theirs
 
 
-def test_eight_bits_are_rounding_to_a_255th_of_the_largest_weight_of_a_row(monkeypatch):
+@pytest.mark.parametrize("C", [64, 33, 100, 1365])  # of any width, though the kernel reads whole registers
+def test_eight_bits_are_rounding_to_a_255th_of_the_largest_weight_of_a_row(monkeypatch, C):
     monkeypatch.setattr(decode, "SMALL", 0)
     torch.manual_seed(0)
-    weights, gain, x = [torch.randn(32, 64), torch.randn(96, 64) * 5, torch.zeros(32, 64)], torch.rand(64) + 0.5, torch.randn(3, 64)
+    weights, gain, x = [torch.randn(32, C), torch.randn(96, C) * 5, torch.zeros(32, C)], torch.rand(C) + 0.5, torch.randn(3, C)
     rows = torch.cat(weights) * gain
     scale = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12).bfloat16().float()
     expected = F.linear(x.bfloat16().float(), (rows / scale).round().clamp(-127, 127) * scale)

@@ -1,6 +1,7 @@
 """sample.py as a user runs it: text, conversations, prompts from files, and what bad input gets."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -30,9 +31,9 @@ def ckpt(tmp_path_factory):
     return path
 
 
-def sampled(ckpt, *options, text=b""):
+def sampled(ckpt, *options, text=b"", encoding="utf-8:strict"):  # as in most locales, while pytest's own may be lenient
     command = [sys.executable, ROOT / "sample.py", f"--ckpt={ckpt}", *options]
-    done = subprocess.run(command, input=text, capture_output=True)
+    done = subprocess.run(command, input=text, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -58,6 +59,11 @@ def test_a_conversation_forgets_its_oldest_turns_only_when_it_must(ckpt):
     assert lines[1].startswith("error: ") and lines[1].endswith("is not UTF-8 text: convert it first")
     assert lines[2] == "[the oldest 1 of the turns no longer fit and are forgotten]"
     assert err.count("tokens/s]") == 3, "a refused question costs nothing but its own answer"
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(ckpt):
+    code, out, _ = sampled(ckpt, "--prompt=caf\u00e9 \u6f22", "--max_new_tokens=2", "--temperature=0", encoding="ascii:strict")
+    assert code == 0 and out.startswith(r"caf\xe9 \u6f22")
 
 
 def test_prompts_from_a_file(ckpt, tmp_path):

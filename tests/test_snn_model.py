@@ -476,6 +476,8 @@ def test_every_parameter_of_a_fresh_model_learns():
     "wrong, message",
     [
         (dict(num_steps=0), "num_steps=0 must be at least 1"),
+        (dict(num_steps=257), "num_steps=257 must be at most 256"),
+        (dict(norm_eps=0.0), "norm_eps=0.0 must be above 0"),
         (dict(n_layer=0), "n_layer=0 must be at least 1"),
         (dict(tau_max=0.5), "tau_max=0.5 must be at least 1 token"),
         (dict(rheobase=-1.0), "rheobase=-1.0 must be at least 0"),

@@ -251,9 +251,9 @@ def test_raster_shows_every_token_and_layer(tmp_path, monkeypatch):
 
     monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # text stays text
     model, _ = tiny()
-    spikes.raster(model, tokenizer(), [0, *tokenizer().encode("a b$\n").ids], tmp_path / "spikes.svg")
-    text = (tmp_path / "spikes.svg").read_text()
-    for label in ("&lt;|endoftext|&gt;", "a", "·", "b", "$", "↵"):
+    spikes.raster(model, tokenizer(), [0, *tokenizer().encode("a b$\n\x01").ids], tmp_path / "spikes.SVG")
+    text = (tmp_path / "spikes.SVG").read_text()
+    for label in ("&lt;|endoftext|&gt;", "a", "·", "b", "$", "↵", "\ufffd"):
         assert f">{label}</text>" in text, label
     for label in ("block 1", "block 2, memory q", "block 2, memory k", "block 2, memory v", "block 2", "block 3"):
         assert f">{label}</" in text, label
@@ -268,7 +268,7 @@ def test_bad_input(tmp_path, monkeypatch):
             look(flow, idx)
     with pytest.raises(InputError, match="101 tokens, a readable raster at most 100"):
         spikes.raster(model, tokenizer(), [1] * 101, tmp_path / "a.png")
-    for name in ("a", "a.doc"):
+    for name in ("a", "a.doc", "a.pgf"):
         with pytest.raises(InputError, match="end its name in .png"):
             spikes.raster(model, tokenizer(), [1], tmp_path / name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
