@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -17,8 +18,8 @@ from prepare import InputError
 
 # Dense bf16 peak in FLOP/s from the makers' data sheets; other devices are measured with one matrix product at the start.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def choose_device(name: str | None) -> torch.device:
             torch.cuda.set_device(device)  # Triton launches on this one
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError) as problem:
-        why = str(problem).splitlines()[0]
+        why = str(problem).splitlines()[0].split(". ")[0]
         raise InputError(f"--device={name} cannot be used here ({why}): leave it out to take what is there") from problem
     return device
 
@@ -60,6 +61,41 @@ def keep_freed_memory():
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class StopNotice:
+    """Ctrl-C or a termination notice, of which all ranks learn at the same step. The process goes on until it asks.
+
+    torchrun passes a notice on and kills 30 s later, so the ranks tell each other every few seconds, however long a step takes.
+    """
+
+    EVERY = 5.0  # seconds, about
+
+    def __init__(self, device: "Device"):
+        self.device, self.came, self.clock = device, False, time.perf_counter()
+        self.steps, self.last, self.next = 0, 0, 0  # so far, when the ranks told each other, when they will again
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, *_):
+        self.came = True
+
+    def given(self, meeting: bool) -> bool:
+        """Whether a rank has been told to stop. To be asked by every rank after every step; with `meeting` they tell each other now."""
+        self.steps += 1
+        if self.device.ranks == 1:
+            return self.came
+        if self.steps < self.next and not meeting:
+            return False
+        came, seconds = self.device.sum([float(self.came), time.perf_counter() - self.clock])
+        per_step = seconds / self.device.ranks / (self.steps - self.last)
+        self.last, self.next, self.clock = self.steps, self.steps + max(1, int(self.EVERY / per_step)), time.perf_counter()
+        return came > 0
+
+    def close(self):
+        """From here on both end the process at once, as usual."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Device:

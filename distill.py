@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
-from device import Device
+from device import Device, StopNotice
 from exact_match import final_number, majority, wilson
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
@@ -220,11 +219,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
         say(f"step {step:>5,}/{steps:,}  validation loss {val_loss:.4f}  {val_bpb:.4f} bits per byte", flush=True)
         record(val_loss=round(val_loss, 5), val_bpb=round(val_bpb, 5))
 
-    # Ctrl-C and a termination notice end the run after the step in progress, with everything saved.
-    stop_asked = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop_asked.append(True))
-
+    stop = StopNotice(device)  # ends the run after the step in progress, with everything saved
     model.train()
     if step == 0:
         evaluate_loss()
@@ -260,13 +255,14 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
         step, tokens = step + 1, tokens + int(examples.lengths[chosen].sum())
 
         ending = step == steps
-        log_now = ending or step % args.log_interval == 0 or (device.ranks == 1 and bool(stop_asked))
+        stopping = stop.given(step % args.log_interval == 0) and not ending
+        log_now = ending or stopping or step % args.log_interval == 0
         save_now = ending or step % args.save_interval == 0
         if log_now or save_now:
             device.wait()
         seconds += time.perf_counter() - clock
         if log_now:
-            mean_loss, stops = device.sum([torch.stack(losses).sum().item() / (step - logged[0]), float(bool(stop_asked))])
+            (mean_loss,) = device.sum([torch.stack(losses).sum().item() / (step - logged[0])])
             rate = (tokens - logged[1]) / (seconds - logged[2])
             mfu = flops * rate / (peak * device.ranks)
             eta = datetime.timedelta(seconds=round((steps - step) * (seconds - logged[2]) / (step - logged[0])))
@@ -276,10 +272,9 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
             if not math.isfinite(mean_loss):
                 raise InputError(f"the loss is {mean_loss} at step {step}: start over with --fresh and a lower --lr than {peak_lr:.2g}")
             losses, logged = [], (step, tokens, seconds)
-            stopping = stops > 0 and not ending
         if ending or step % args.eval_interval == 0:
             evaluate_loss()
-        if save_now or (log_now and stopping):
+        if save_now or stopping:
             state = [optimizer.state_dict() for optimizer in optimizers]  # gathered: all ranks take part
             if device.rank == 0:
                 save_checkpoint(last, dict(
@@ -287,12 +282,11 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
                     tokenizer=source["tokenizer"], settings=settings, data_fingerprint=settings["examples"], phase=PHASE, step=step,
                     tokens=tokens, seconds=seconds,
                 ))  # fmt: skip
-        if log_now and stopping:
+        if stopping:
             say(f"stopped at step {step:,}; saved in {last}: the same command goes on from there")
             device.barrier()
             raise SystemExit(130)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    stop.close()
     if device.rank == 0:
         draw_curves(args.out)
     device.barrier()

@@ -150,16 +150,22 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--placement", action="store_true", help="print where the operations run, and end")
     args = parser.parse_args()
+    if not 0 <= args.temperature < np.inf or args.max_new_tokens < 1:
+        parser.error("--temperature must be 0 or more and --max_new_tokens at least 1")
     folder = Path(__file__).resolve().parent
     contract = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if args.placement:
         return placement(folder, contract)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(args.prompt, add_special_tokens=False).ids]
+    context = contract["context"] or np.inf
+    if len(ids) > context:
+        parser.error(f"the prompt has {len(ids):,} tokens, the packages read {context:,} in all: shorten it")
     embeddings = np.fromfile(folder / "embeddings.bin", np.float16).reshape(contract["embeddings"])
     host = Host(contract, embeddings, coreml(folder, contract))
-    ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(args.prompt, add_special_tokens=False).ids]
+    new = min(args.max_new_tokens, context - len(ids) + 1)  # the last token is not read any more
     written, shown = [], ""
-    for token in host.generate(ids, args.max_new_tokens, sampler(args.temperature, args.seed)):
+    for token in host.generate(ids, new, sampler(args.temperature, args.seed)):
         written.append(token)
         text = tokenizer.decode(written)
         if not text.endswith("\ufffd"):  # a character of several bytes is not whole yet

@@ -17,7 +17,6 @@ import errno
 import json
 import math
 import os
-import signal
 import time
 from contextlib import nullcontext
 from functools import lru_cache
@@ -32,7 +31,7 @@ import curves
 import prepare
 import spikes
 from checkpoint import MODELS, PHASES, load_checkpoint, load_weights, save_checkpoint
-from device import Device
+from device import Device, StopNotice
 from model import PRESETS
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
@@ -95,9 +94,9 @@ class Windows:
         self.counts = [(len(shard) - 1) // seq_len for shard in self.shards]
         self.n_tokens, self.n_windows = sum(map(len, self.shards)), sum(self.counts)
         if self.n_windows < 1:
-            what = paths[0] if paths else f"{folder}/phase{phase}_{split}_*.bin"
+            longest = max(zip(map(len, self.shards), paths), default=(0, f"{folder}/phase{phase}_{split}_*.bin"))
             raise InputError(
-                f"{what} holds {self.n_tokens:,} tokens, a window of phase {phase} needs {seq_len + 1:,}:"
+                f"{longest[1]} holds {longest[0]:,} tokens, a window of phase {phase} needs {seq_len + 1:,}:"
                 " prepare more text or lower --seq_len"
             )
         self.firsts = np.cumsum([0, *self.counts])  # number of the first window of each shard
@@ -158,6 +157,8 @@ def previous(out: Path, phase: int) -> tuple[Path | None, bool]:
         begun = load_checkpoint(last)["phase"]
         if begun == phase:
             return last, True
+        if begun not in PHASES:
+            raise InputError(f"{last} is a distillation of distill.py: name another --out")
         if not (out / f"phase{begun}.pt").exists():
             raise InputError(f"{last} is an unfinished phase {begun}: finish it with --phase={begun}, or name another --out")
     return (before, False) if before.exists() else (None, False)
@@ -191,7 +192,7 @@ def draw_curves(out: Path):
     try:
         curves.draw([out], out / "curves.png")
         print(f"curves: {out / 'curves.png'}")
-    except InputError as problem:  # the weights are what counts: a missing matplotlib is only said
+    except (InputError, OSError) as problem:  # the weights are what counts: a missing matplotlib is only said
         print(f"no curves.png: {problem}")
 
 
@@ -232,8 +233,8 @@ def parse_args(argv=None):
     for name in ("steps", "batch_size", "grad_accum", "seq_len", "lr", "save_interval", "eval_interval", "log_interval", "eval_tokens"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise InputError(f"--{name}={getattr(args, name)} must be positive and finite")
-    if args.seed < 0 or not args.weight_decay >= 0:
-        raise InputError(f"--seed={args.seed} and --weight_decay={args.weight_decay} cannot be negative")
+    if not 0 <= args.seed < 2**63 or not 0 <= args.weight_decay < math.inf:
+        raise InputError(f"--seed={args.seed} and --weight_decay={args.weight_decay} must be 0 or more, below 2**63 and finite")
     if args.rate_penalty and args.model != "pulse" or not 0 <= (args.rate_penalty or 0) < math.inf:
         raise InputError(f"--rate_penalty={args.rate_penalty} must be 0 or more, and is for --model=pulse only")
     if args.shorten is not None and (args.model != "pulse" or not 0 < args.shorten <= 1):
@@ -297,12 +298,12 @@ def train(args, device: Device, say):
     plan, windows = {}, {}
     for phase in [args.phase] if args.phase else PHASES:
         seq_len, limit = args.seq_len or PHASES[phase][1], getattr(config, "max_seq_len", math.inf)  # a Pulse reads any number
-        if seq_len > limit:
-            raise InputError(f"phase {phase} has windows of {seq_len:,} tokens, the model reads {limit:,}: add --max_seq_len={seq_len}")
         batch_size = args.batch_size or max(1, recipe.tokens_per_step[phase - 1] // seq_len)
         plan[phase] = (seq_len, batch_size, args.grad_accum or recipe.grad_accum, args.steps or recipe.steps[phase - 1])
         splits = ("train", "val")
         windows[phase] = {split: Windows(args.data, phase, split, seq_len, config.vocab_size, fingerprint) for split in splits}
+        if seq_len > limit:
+            raise InputError(f"phase {phase} has windows of {seq_len:,} tokens, the model reads {limit:,}: add --max_seq_len={seq_len}")
     planned = sum(seq_len * batch_size * accum * steps * device.ranks for seq_len, batch_size, accum, steps in plan.values())
     peak, source = device.peak_flops()
     say(f"device: {device}; peak {peak / 1e12:.3g} TFLOP/s ({source})")
@@ -314,10 +315,17 @@ def train(args, device: Device, say):
     args.out.mkdir(parents=True, exist_ok=True)
     log, last = args.out / "log.jsonl", args.out / "last.pt"
     if args.fresh and device.rank == 0:
+        try:
+            begun = load_checkpoint(last)["phase"]
+        except InputError:  # none, or none that could go on
+            begun = math.inf
+        if begun < min(plan):
+            previous(args.out, min(plan))  # refuses to lose an earlier phase
+        else:
+            last.unlink(missing_ok=True)
         for phase in range(min(plan), len(PHASES) + 1):
             for name in (f"phase{phase}.pt", f"phase{phase}_best.pt"):
                 (args.out / name).unlink(missing_ok=True)
-        last.unlink(missing_ok=True)
         trim_log(log, min(plan) - 1, 10**9)
     device.barrier()
 
@@ -328,11 +336,7 @@ def train(args, device: Device, say):
         if tracker:
             tracker.log(line)
 
-    # Ctrl-C and a termination notice end the run after the step in progress, with everything saved.
-    stop_asked = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop_asked.append(True))
-
+    stop = StopNotice(device)  # ends the run after the step in progress, with everything saved
     for phase, (seq_len, batch_size, grad_accum, steps) in plan.items():
         sequences = batch_size * grad_accum * device.ranks  # of one optimizer step
         peak_lr = args.lr or recipe.lr[phase - 1]
@@ -345,6 +349,9 @@ def train(args, device: Device, say):
         if final.exists():
             check_same(final, load_checkpoint(final)["settings"], settings)
             say(f"phase {phase} is finished ({final}); --fresh would start over")
+            if device.rank == 0 and last.exists() and load_checkpoint(last)["phase"] == phase:  # a kill came between the two files
+                last.unlink()
+            device.barrier()
             continue
         data, tokens_per_step = windows[phase], sequences * seq_len
         passes = steps * tokens_per_step / data["train"].n_tokens
@@ -360,6 +367,10 @@ def train(args, device: Device, say):
         optimizers = build_optimizers(model, peak_lr, args.weight_decay, device.dtype)
         step, tokens, seconds, wall, best = 0, 0, 0.0, 0.0, math.inf
         origin, same_phase = previous(args.out, phase)
+        later = [n for n in PHASES if n > phase and (args.out / f"phase{n}.pt").exists()]
+        if later and not same_phase:
+            why = f"{args.out}/phase{later[0]}.pt was trained without a phase {phase}"
+            raise InputError(f"{why}: remove it with --fresh --phase={phase}, or name another --out")
         if origin:
             checkpoint = load_checkpoint(origin)
             check_same(origin, checkpoint["settings"], settings if same_phase else {k: settings[k] for k in ("model", *vars(config))})
@@ -412,18 +423,16 @@ def train(args, device: Device, say):
             model.zero_grad(set_to_none=True)
             step, tokens = step + 1, tokens + tokens_per_step
 
-            # Ranks agree on stopping when they meet to log, a single process stops at once.
             ending = step == steps
-            log_now = ending or step % args.log_interval == 0 or (device.ranks == 1 and bool(stop_asked))
+            stopping = stop.given(step % args.log_interval == 0) and not ending
+            log_now = ending or stopping or step % args.log_interval == 0
             evaluate_now, save_now = ending or step % args.eval_interval == 0, ending or step % args.save_interval == 0
             if log_now or evaluate_now or save_now:
                 device.wait()
             seconds += time.perf_counter() - clock
             total_wall = wall + time.perf_counter() - began
-            stopping = False
             if log_now:
-                mean_loss, stops = device.sum([torch.stack(losses).mean().item() / device.ranks, float(bool(stop_asked))])
-                stopping = stops > 0 and not ending
+                (mean_loss,) = device.sum([torch.stack(losses).mean().item() / device.ranks])
                 per_step = (seconds - logged[1]) / (step - logged[0])
                 rate, mfu = tokens_per_step / per_step, config.flops_per_token(seq_len) * tokens_per_step / per_step / (peak * device.ranks)
                 eta = datetime.timedelta(seconds=round((steps - step) * per_step))
@@ -468,6 +477,8 @@ def train(args, device: Device, say):
                     checkpoint["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]  # gathered: all ranks take part
                     if device.rank == 0:
                         save_checkpoint(final if ending else last, checkpoint)
+                        if ending:
+                            last.unlink(missing_ok=True)
                 del checkpoint
             if stopping:
                 break
@@ -477,8 +488,6 @@ def train(args, device: Device, say):
             say(f"stopped at step {step:,}; saved in {last}: the same command{' without --fresh' * args.fresh} goes on from there")
             device.barrier()
             raise SystemExit(130)
-        if device.rank == 0:
-            last.unlink(missing_ok=True)
         device.barrier()
         say(f"phase {phase} took {time.perf_counter() - began:.0f} s, evaluation included; weights in {final}")
     if tracker:

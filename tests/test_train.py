@@ -314,6 +314,57 @@ def test_too_few_data_are_said_before_anything_is_trained_or_removed(finished, d
     assert not (tmp_path / "run").exists()
 
 
+def test_the_phases_of_a_folder_follow_each_other(finished, data, tmp_path):
+    command = ["train.py", f"--data={data}", f"--out={tmp_path}", "--steps=20", "--eval_interval=10", *SHORT]
+    for n in (1, 3):
+        shutil.copy(finished / f"phase{n}.pt", tmp_path)
+    before = [{"step": 20, "phase": n, "loss": 1.0} for n in (1, 3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before))
+    fails(*command, match="phase3.pt was trained without a phase 2: remove it with --fresh --phase=2")
+    assert log_of(tmp_path) == before
+    save_checkpoint(tmp_path / "last.pt", load_checkpoint(finished / "phase2.pt"))
+    fails(*command, "--phase=3", "--fresh", match="is an unfinished phase 2: finish it with --phase=2")
+    assert load_checkpoint(tmp_path / "last.pt")["phase"] == 2 and (tmp_path / "phase3.pt").exists()
+    shutil.copy(finished / "phase2.pt", tmp_path)  # a kill came after the phase was saved and before last.pt was removed
+    done = call(*command, "--phase=2")
+    assert done.returncode == 0 and "phase 2 is finished" in done.stdout and not (tmp_path / "last.pt").exists()
+    save_checkpoint(tmp_path / "last.pt", load_checkpoint(finished / "phase2.pt") | {"phase": 4})
+    (tmp_path / "phase3.pt").unlink()
+    fails(*command, match="last.pt is a distillation of distill.py: name another --out")
+
+
+def test_a_picture_that_cannot_be_drawn_ends_nothing(finished, data, tmp_path):
+    (tmp_path / "curves.png").mkdir()
+    done = call("train.py", f"--data={data}", f"--out={tmp_path}", "--phase=1", "--steps=2", *SHORT)
+    assert done.returncode == 0 and "no curves.png: " in done.stdout
+
+
+def test_ranks_agree_on_stopping_within_seconds(monkeypatch):
+    class Ranks:
+        ranks, told, meetings = 2, 0.0, 0
+
+        def sum(self, numbers):
+            self.meetings += 1
+            return [self.told, 2 * numbers[1]]  # the other rank takes as long
+
+    clock, ranks = [0.0], Ranks()
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
+    stop = device.StopNotice(ranks)
+    try:
+        for seconds, steps, least, most in ((0.01, 1000, 2, 4), (2.0, 20, 8, 20), (60.0, 20, 20, 20)):
+            ranks.meetings = 0
+            for _ in range(steps):
+                clock[0] += seconds
+                assert not stop.given(False)
+            assert least <= ranks.meetings <= most, seconds
+        ranks.told = 1.0
+        assert stop.given(False)
+        clock[0] += 1e-3
+        assert stop.given(True)
+    finally:
+        stop.close()
+
+
 def test_an_unfinished_phase_is_not_overwritten_by_another(finished, data, tmp_path):
     checkpoint = load_checkpoint(finished / "phase2.pt")
     save_checkpoint(tmp_path / "last.pt", checkpoint)
@@ -347,6 +398,9 @@ def test_a_full_disk_ends_a_run_in_one_line(data, tmp_path):
         (["--seq_len=1000000"], "a window of phase 1 needs 1,000,001"),
         (["--data=nowhere"], "nowhere holds no prepared data: make it with"),
         (["--lr=-1"], "--lr=-1.0 must be positive"),
+        (["--seed=18446744073709551616"], "must be 0 or more, below 2**63"),
+        (["--rope_theta=0"], "rope_theta=0.0 must be above 0"),
+        (["--seq_len=40", "--max_seq_len=32"], "phase 1 has windows of 40 tokens, the model reads 32: add --max_seq_len=40"),
         (["--layers=3"], "--layers"),
         (["--preset=huge"], "huge"),
         (["--device=tpu"], "--device=tpu cannot be used here"),
