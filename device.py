@@ -72,10 +72,14 @@ class StopNotice:
     EVERY = 5.0  # seconds, about
 
     def __init__(self, device: "Device"):
-        self.device, self.came, self.clock = device, False, time.perf_counter()
-        self.steps, self.last, self.next = 0, 0, 0  # so far, when the ranks told each other, when they will again
+        self.device, self.came, self.steps = device, False, 0
+        self.restart()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
+
+    def restart(self):
+        """From here on a step may take another time."""
+        self.last, self.next, self.clock = self.steps, 0, time.perf_counter()  # steps when the ranks last met, when they meet again
 
     def note(self, *_):
         self.came = True

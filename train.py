@@ -402,7 +402,7 @@ def train(args, device: Device, say):
         # The loop: learning rate, micro-steps, clip, step, log, evaluate, save.
         model.train()
         losses, logged, began = [], (step, seconds), time.perf_counter()
-        stop.next = 0  # the ranks meet at once: a step of this phase takes another time
+        stop.restart()
         while step < steps:
             clock = time.perf_counter()
             lr = lr_at(step, steps, peak_lr)

@@ -352,7 +352,8 @@ def test_ranks_agree_on_stopping_within_seconds(monkeypatch):
     stop = device.StopNotice(ranks)
     try:
         for seconds, steps, least, most in ((0.01, 1000, 2, 4), (2.0, 20, 8, 20), (60.0, 20, 20, 20)):
-            ranks.meetings, stop.next = 0, 0
+            ranks.meetings = 0
+            stop.restart()
             for _ in range(steps):
                 clock[0] += seconds
                 assert not stop.given(False)
