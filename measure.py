@@ -84,6 +84,11 @@ def greedy(model: torch.nn.Module, idx: Tensor, n: int, device: Device) -> Calla
 # ---- how it is measured ----
 
 
+def number(x: float) -> str:
+    """Four digits, without an exponent for what is large: 0.07, 1,234, 56,780."""
+    return f"{float(f'{x:.4g}'):,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
+
+
 class Bench:
     """The options, a temporary folder, and the results so far."""
 
@@ -114,7 +119,7 @@ class Bench:
         if times:
             ours = next(iter(times.values()))
             spread = f"{(max(ours) - min(ours)) / statistics.median(ours):.0%}"
-        cells = (self.row, figure, f"{value:,.4g} {unit}", against, f"{there:,.4g} {unit}", f"{ratio:.3g}", wanted, spread)
+        cells = (self.row, figure, f"{number(value)} {unit}", against, f"{number(there)} {unit}", f"{ratio:.3g}", wanted, spread)
         print(f"| {' | '.join(cells)} |", flush=True)
         self.results.append(dict(row=self.row, figure=figure, value=value, unit=unit, against=against, there=there, ratio=ratio,
                                  goal=goal, met=met, seconds=times))  # fmt: skip
