@@ -426,14 +426,14 @@ def find_student(args) -> Path:
     return path
 
 
-def logit_teacher(args, teacher, checkpoint: dict):
+def logit_teacher(args, teacher, student: Path, checkpoint: dict):
     """The teacher if its logits are to be learned, else None; settles --kl_weight. Raises InputError when they cannot be."""
     same = isinstance(teacher, LocalTeacher) and (
         teacher.tokenizer.to_str() == Tokenizer.from_str(checkpoint["tokenizer"]).to_str()
         and teacher.model.config.vocab_size == checkpoint["config"]["vocab_size"]
     )
     if args.kl_weight and not same:
-        raise InputError(f"--kl_weight={args.kl_weight} compares logits: it needs a local --teacher with the student's tokenizer")
+        raise InputError(f"--kl_weight={args.kl_weight} compares logits: it needs a local --teacher with the tokenizer of {student}")
     args.kl_weight = (0.5 if same else 0.0) if args.kl_weight is None else args.kl_weight
     return teacher if args.kl_weight else None
 
@@ -454,7 +454,7 @@ def distill(args, device: Device, say):
         raise InputError(f"--rate_penalty={args.rate_penalty} is for a Pulse, and {student} is none: leave it out")
     options = (device.torch, args.gen_batch_size, args.teacher_model, args.concurrency)
     teacher = teachers.open_teacher(args.teacher, *options) if args.teacher else None
-    compared = logit_teacher(args, teacher, source) if student else None  # refuses before an answer is paid for
+    compared = logit_teacher(args, teacher, student, source) if student else None  # refuses before an answer is paid for
 
     if args.traces and not teacher:
         traces = teachers.read_traces(args.traces, None)

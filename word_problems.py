@@ -5,7 +5,7 @@ validation problems tell the same stories with different numbers; test problems 
 has more than two digits: sums of three digits are beyond what a nano model learns in its ten minutes.
 
     from word_problems import problems
-    list(problems("train", 2))     # [{"question": "...", "answer": "48 / 2 = <<48/2=24>>24 ...\n#### 72"}, ...]
+    list(problems("train", 2))     # [{"question": "...", "answer": "14 + 18 = <<14+18=32>>32 trees a day. ...\n#### 64"}, ...]
 """
 
 import operator

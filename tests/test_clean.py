@@ -42,6 +42,18 @@ def test_shingles_and_repetition_against_the_definition():
     assert len(characters) == 2, "in scripts without spaces a character is a word"
 
 
+def test_words_of_other_scripts_are_words_not_letters():
+    rng = random.Random(26)
+    letters = {"hindi": range(0x905, 0x939), "thai": range(0xE01, 0xE2E), "georgian": range(0x10D0, 0x10F1), "khmer": range(0x1780, 0x17B3)}
+    for name, alphabet in letters.items():
+        length = (20, 60) if name in ("thai", "khmer") else (2, 9)  # these write no spaces between words
+        words = ["".join(chr(c) for c in rng.choices(alphabet, k=rng.randint(*length))) for _ in range(2000)]
+        text = " ".join(words[min(int(rng.paretovariate(0.8)), 1999)] for _ in range(6000)).encode()
+        hashes, owner, is_text = clean.shingles([text])
+        assert is_text[0] and clean.repeated_share(hashes, owner, 1)[0] < clean.MAX_REPEATED, name
+    assert not clean.shingles([b"QUJD" * 500])[2][0], "base64 is no text"
+
+
 def test_minhash_estimates_jaccard_and_bands_find_copies():
     rng = random.Random(5)
     texts = []

@@ -210,6 +210,24 @@ def test_flow_teaches_pulse_by_answers_and_logits(room):
     assert done.returncode == 0 and load_checkpoint(room / "out/no/last.pt")["settings"]["teacher"] is None
 
 
+def test_a_folder_of_hugging_face_is_a_student_too(room):
+    command = [sys.executable, ROOT / "convert.py", "--ckpt=out/flow", "--to=hf"]
+    subprocess.run(command, cwd=room, check=True, capture_output=True)
+    options = ["--problems=train.jsonl", "--eval", "val.jsonl", "--num_eval=2", "--epochs=1", *SHORT]
+    works("--student=out/flow-hf", *options, cwd=room)
+    works("--student=out/flow", "--out=out/direct", *options, cwd=room)
+    one, two = (load_checkpoint(room / name / "last.pt")["weights"] for name in ("out/flow-hf_distilled", "out/direct"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_two_evaluation_files_of_one_name(room):
+    (room / "other").mkdir()
+    write_problems(room / "other/val.jsonl", lines_of(room / "new.jsonl"))
+    output = works("--evaluate", "--student=out/pulse", "--eval", "val.jsonl", "other/val.jsonl", *SHORT, cwd=room)
+    assert "phase3 val.jsonl: " in output and "phase3 other_val.jsonl: " in output
+    assert [len(lines_of(room / f"out/pulse/eval_phase3_{name}.jsonl")) for name in ("val.jsonl", "other_val.jsonl")] == [6, 4]
+
+
 def test_pulse_pays_for_its_spikes_in_distillation_too(room):
     options = ["--student=out/pulse", "--problems=train.jsonl", "--eval", "val.jsonl", "--num_eval=1", "--epochs=4", *SHORT]
     spikes, runs = [], {"spares": ["--rate_penalty=20"], "default": [], "wastes": ["--rate_penalty=0"]}
@@ -313,6 +331,10 @@ def test_impossible_commands(here):
     refused("--temperature=0.0 must be", *base, "--temperature=0", "--samples=2")
     refused("--kl_weight=2.0 must be between 0 and 1", *base, "--kl_weight=2")
     refused("--kl_weight=0.5 compares logits", *base, "--kl_weight=0.5")
+    refused("--out=out/flow holds the student", *base, "--out=out/flow")
+    refused("--seed=18446744073709551616", *base, "--seed=18446744073709551616")
+    refused("no web address", *base, "--teacher=http://[::1/v1")
+    refused("typo.jsonl does not exist", "--student=out/flow", "--traces=typo.jsonl", "--eval", "val.jsonl")
     refused("--rate_penalty=0.1 is for a Pulse", *base, "--rate_penalty=0.1")
     refused("--rate_penalty=-1.0 must be 0 or more", *base, "--rate_penalty=-1")
     refused("40 examples of at most 1,024 tokens, a step takes 64", *base, "--batch_size=64")

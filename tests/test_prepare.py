@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import signal
@@ -23,9 +24,9 @@ import sources
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def script(*args, cwd, prefix=()):
+def script(*args, cwd, prefix=(), env=None):
     command = [sys.executable, *prefix, str(ROOT / "prepare.py"), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +303,8 @@ def bad_inputs(folder):
     for name, data in {"empty.txt": b"", "blank.txt": b" \n\n", "x.docx": b"PK", "latin.txt": b"caf\xe9 au lait", "text.txt": b"some text",
                        "utf16.txt": "some text".encode("utf-16"),
                        "cut.jsonl": b'{"text": "one"}\n{"text": "tw', "list.jsonl": b"[1]\n", "fields.jsonl": b'{"body": "a", "n": 1}\n',
-                       "number.jsonl": b'{"text": 5}\n', "utf8.jsonl": b'{"text": "\xff"}\n', "plain.jsonl.gz": b"not gzip",
+                       "number.jsonl": b'{"text": 5}\n', "names.jsonl": b'{"two\\nlines": 5}\n',
+                       "utf8.jsonl": b'{"text": "\xff"}\n', "plain.jsonl.gz": b"not gzip",
                        "cut.jsonl.gz": gzip.compress(b'{"text": "one"}\n' * 99)[:-9], "x.parquet": b"PAR1 but not really"}.items():
         (folder / name).write_bytes(data)
 
@@ -326,6 +328,8 @@ def bad_inputs(folder):
     ("plain.jsonl.gz", "plain.jsonl.gz is not a whole gzip file"),
     ("cut.jsonl.gz", "cut.jsonl.gz is not a whole gzip file"),
     ("x.parquet", "x.parquet is not a whole parquet file"),
+    ("names.jsonl", "names.jsonl:1: no field text, content or question + answer, found two lines: name the field"),
+    ("text.txt --phase1 text.txt --phase2 text.txt --phase3 text.txt", "text.txt would not be read, every phase has sources of its own"),
     ("text.txt --vocab_size=259", "--vocab_size=259 is out of range: expected 260 to 65536"),
     ("text.txt --vocab_size=65537", "--vocab_size=65537 is out of range"),
     ("text.txt --val_fraction=0", "--val_fraction=0.0 is out of range"),
@@ -345,6 +349,48 @@ def test_bad_input(tmp_path, capsys, arguments, message):
     assert end.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
     assert not list(tmp_path.glob("data/*")) and not list(tmp_path.glob(".*"))
     assert (tmp_path / "mine/notes.txt").read_text() == "do not delete"
+
+
+def test_a_source_without_a_name_is_not_the_current_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(prepare.InputError, match="a source without a name does not exist"):
+        make("", out="out")
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    (tmp_path / "caf\udce9.txt").write_text(prose(random.Random(27), 300))
+    result = script("caf\udce9.txt", "--out=out", cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert result.returncode == 0 and r"caf\udce9.txt" in result.stdout, result.stderr
+
+
+def test_ctrl_c_while_the_builtin_corpus_is_read(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py"], cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers too
+    assert process.communicate(timeout=60)[1].decode() == "interrupted\n" and process.returncode == 130
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_a_folder_on_another_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/mine").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/mine")
+    (tmp_path / "a.txt").write_text(prose(random.Random(28), 300))
+    for _ in range(2):
+        make("a.txt", out="out")
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/mine/meta.json").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "disk", "out"} and [p.name for p in (tmp_path / "disk").iterdir()] == ["mine"]
+
+
+def test_parquet_with_text_that_is_not_utf8(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\4\0\0\0"), pyarrow.py_buffer(b"caf\xe9")])
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(prepare.InputError, match="a.parquet: a field is not UTF-8 .*: convert the file first"):
+        make("a.parquet", out="out")
 
 
 def test_bad_input_on_the_command_line(tmp_path):

@@ -47,7 +47,9 @@ def runs(tmp_path_factory):
 def test_a_flow_folder_is_what_transformers_reads(runs, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (runs / "flow" / "log.jsonl").write_text(json.dumps({"step": 7, "phase": 1, "tokens": 99, "val_loss": 3.25, "val_bpb": 1.5}) + "\n")
+    line = {"step": 7, "phase": 1, "tokens": 99, "val_loss": 3.25, "val_bpb": 1.5}
+    lines = [line, line | {"step": 9, "val_loss": 4.5}]  # the checkpoint is of step 7, and a kill came while the last line was written
+    (runs / "flow" / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 1')
     convert.main([f"--ckpt={runs / 'flow'}", "--to=hf", f"--out={tmp_path / 'hf'}"])
     ours, tokenizer, _ = load_model(runs / "flow" / "phase1.pt")
     theirs, their_tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -76,6 +78,14 @@ def test_a_pulse_folder_comes_back(runs, tmp_path):
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "rheobase"}))
     with pytest.raises(InputError, match="of another version, lacks rheobase"):
+        publish.read_folder(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    for tokenizer in ("{}", None):
+        (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer) if tokenizer else (tmp_path / "hf" / "tokenizer.json").unlink()
+        with pytest.raises(InputError, match="tokenizer.json"):
+            publish.read_folder(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="config.json holds no JSON object"):
         publish.read_folder(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"short")
