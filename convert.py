@@ -256,6 +256,8 @@ def check_sizes(args, model) -> int | None:
     config = model.config
     if not 1 <= args.chunks <= config.n_layer:
         raise InputError(f"--chunks={args.chunks} must be between 1 and the model's {config.n_layer} layers")
+    if args.group_size and all(p.size(0) % args.group_size for p in model.parameters() if p.ndim == 2):
+        raise InputError(f"--group_size={args.group_size} divides the rows of no matrix: choose a divisor of {config.d_model}")
     if args.kind == "pulse":
         if args.context is not None:
             raise InputError(f"--context={args.context} is for Flow: Pulse reads any number of tokens with the same state")

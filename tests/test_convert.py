@@ -420,7 +420,7 @@ def test_lint_finds_what_the_neural_engine_does_not_run(tmp_path):
         (["--push=me/it"], "add --to=hf"),
         (["--to=hf", "--compress=int8"], "--compress=int8 is for Core ML packages"),
         (["--context=0"], "--context=0 must be between 128 and 192"),
-        (["--compress=palette4", "--group_size=7", "--context=128"], "has compressed no matrix"),
+        (["--compress=palette4", "--group_size=7"], "--group_size=7 divides the rows of no matrix: choose a divisor of 64"),
         (["--data=nowhere"], "nowhere holds no prepared data"),
         (["--out=taken"], "taken exists: add --overwrite"),
         (["--out=taken", "--overwrite"], "taken was not made by convert.py"),
