@@ -349,7 +349,7 @@ HEAD, TAIL = 1, 2  # parts of a document: all training text is HEAD, all validat
 class Splits(NamedTuple):
     parts: dict[int, np.ndarray]  # phase -> (n,) uint8: HEAD, TAIL, both, or 0 for a document the phase does not use
     cut: dict[int, float]  # document of both -> share of its characters that is HEAD; of its copies no phase uses another
-    exact: np.ndarray  # (n,) bool: an earlier document has the same text
+    exact: np.ndarray  # (n,) bool: an earlier document, of any phase, has the same text
 
     def wanted(self, phase: int, split: str) -> np.ndarray:
         return self.parts[phase] & (HEAD if split == "train" else TAIL) > 0
