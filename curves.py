@@ -1,4 +1,4 @@
-"""Draw the training curves of a run, or of several beside each other.
+"""The log of a run, and its curves, of several runs beside each other if wanted.
 
     python curves.py out/flow                                  # out/flow/curves.png, as train.py draws it itself
     python curves.py out/flow out/pulse --output=both.png
@@ -7,6 +7,7 @@ Training and validation loss, bits per byte and learning rate over the tokens se
 """
 
 import json
+import os
 from pathlib import Path
 
 from prepare import ArgumentParser, InputError, run
@@ -15,6 +16,14 @@ from prepare import ArgumentParser, InputError, run
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl as train.py writes it; a last line that a kill cut short is left out."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def trim_log(path: Path, phase: int, step: int):
+    """Drop what was logged after this step: a killed run had got further than its checkpoint and will log it again."""
+    kept = [line for line in read_log(path) if (line["phase"], line["step"]) <= (phase, step)]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(partial, path)
 
 
 def draw(runs: list[Path], picture: Path):
@@ -67,6 +76,15 @@ def draw(runs: list[Path], picture: Path):
         figure.savefig(picture, dpi=110)
     except ValueError as problem:  # the ending of the name says in which format
         raise InputError(f"{picture} cannot be drawn ({problem}): name a .png, .svg or .pdf") from problem
+
+
+def draw_curves(out: Path):
+    """Draw a run's curves.png, or say why not."""
+    try:
+        draw([out], out / "curves.png")
+        print(f"curves: {out / 'curves.png'}")
+    except (InputError, OSError) as problem:  # the weights are what counts: a missing matplotlib is only said
+        print(f"no curves.png: {problem}")
 
 
 def main(argv=None):

@@ -41,9 +41,11 @@ def joined(weights: list[Tensor], int8: bool, gain: Tensor | float = 1.0) -> Cal
 def eight_bits(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor], Tensor]:
     rows = torch.cat(weights).float() * gain
     scales = (rows.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-    pad = (0, -rows.size(1) % 64)  # the kernel reads whole vector registers: of narrower rows it would read past the end
-    packed = F.pad((rows / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), pad)
-    return lambda x: torch._weight_int8pack_mm(F.pad(x.bfloat16(), pad), packed, scales).float()
+    packed = (rows / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+    if missing := -rows.size(1) % 64:  # the kernel reads whole vector registers: of other rows it would read past the end
+        packed = F.pad(packed, (0, missing))
+        return lambda x: torch._weight_int8pack_mm(F.pad(x.bfloat16(), (0, missing)), packed, scales).float()
+    return lambda x: torch._weight_int8pack_mm(x.bfloat16(), packed, scales).float()
 
 
 def as_they_are(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor], Tensor]:

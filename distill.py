@@ -33,12 +33,13 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
+from curves import draw_curves, trim_log
 from device import Device, StopNotice
 from exact_match import final_number, majority, wilson
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
 from teachers import Job, LocalTeacher, Problem, check_tokenizer, checkpoint_teacher, problem_key, prompt_ids
-from train import RATE_PENALTY, check_same, draw_curves, lr_at, trim_log
+from train import RATE_PENALTY, check_same, lr_at
 
 DATA = Path("data/builtin")
 TEACHER = "Qwen/Qwen3-4B-Instruct-2507"  # what --teacher without a name means
@@ -449,9 +450,10 @@ def distill(args, device: Device, say):
             evaluate_all(path, path.stem, path.parent, evals, args, device, say)
         return
     student = None if args.trace else find_student(args)
-    source = load_model(student)[2] if student and student.is_dir() else load_checkpoint(student) if student else {}
-    if student and args.rate_penalty and source["model"] != "pulse":
-        raise InputError(f"--rate_penalty={args.rate_penalty} is for a Pulse, and {student} is none: leave it out")
+    if student:
+        source = load_model(student)[2] if student.is_dir() else load_checkpoint(student)
+        if args.rate_penalty and source["model"] != "pulse":
+            raise InputError(f"--rate_penalty={args.rate_penalty} is for a Pulse, and {student} is none: leave it out")
     options = (device.torch, args.gen_batch_size, args.teacher_model, args.concurrency)
     teacher = teachers.open_teacher(args.teacher, *options) if args.teacher else None
     compared = logit_teacher(args, teacher, student, source) if student else None  # refuses before an answer is paid for

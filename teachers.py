@@ -391,8 +391,8 @@ def read_traces(path: Path, teacher: str | None) -> dict[tuple[str, int], dict]:
     for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
         try:
             trace = json.loads(line)
-            if missing := TRACE - trace.keys():
-                raise KeyError(*missing)
+            if TRACE - trace.keys():
+                raise KeyError
             traces[trace["key"], trace["sample"]] = trace
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"{path}:{number}: not a trace of distill.py: remove the line or name another --traces") from None

@@ -16,7 +16,6 @@ import datetime
 import errno
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from functools import lru_cache
@@ -27,10 +26,10 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
 
-import curves
 import prepare
 import spikes
 from checkpoint import MODELS, PHASES, load_checkpoint, load_weights, save_checkpoint
+from curves import draw_curves, trim_log
 from device import Device, StopNotice
 from model import PRESETS
 from muon import build_optimizers
@@ -172,28 +171,12 @@ def check_same(path: Path, theirs: dict, ours: dict):
         raise InputError(f"{path} was trained with other settings ({'; '.join(differ)}): {remedy}")
 
 
-def trim_log(path: Path, phase: int, step: int):
-    """Drop what was logged after this step: a killed run had got further than its checkpoint and will log it again."""
-    kept = [line for line in curves.read_log(path) if (line["phase"], line["step"]) <= (phase, step)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, path)
-
-
 def start_wandb(args, config):
     try:
         import wandb
     except ImportError as problem:
         raise InputError("--wandb needs the package wandb: pip install wandb") from problem
     return wandb.init(project=args.wandb, name=args.out.name, config={**dataclasses.asdict(config), "lr": args.lr, "seed": args.seed})
-
-
-def draw_curves(out: Path):
-    try:
-        curves.draw([out], out / "curves.png")
-        print(f"curves: {out / 'curves.png'}")
-    except (InputError, OSError) as problem:  # the weights are what counts: a missing matplotlib is only said
-        print(f"no curves.png: {problem}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
