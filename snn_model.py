@@ -475,6 +475,20 @@ class Pulse(nn.Module):
             if name.endswith(normalized):
                 weight *= factor
 
+    @torch.no_grad()
+    def quieten(self, factor: float):
+        """Multiply by a factor the currents of the neurons whose counts need not be exact, so that they fire less.
+
+        Those are the neurons that feed the head, the feed-forward parts and the gates, and queries and keys. The head's matrix gets as
+        much larger; what is read for a token stays, since it is normalized.
+        """
+        quiet = ("out", "feed_forward.encode", "gate_encode", "memory.q", "memory.k")
+        for name, module in self.named_modules():
+            if isinstance(module, Neuron) and name.endswith(quiet):
+                module.gain *= factor
+                module.bias *= factor
+        self.lm_head.weight /= factor
+
     def muon_params(self) -> list[nn.Parameter]:
         """The big hidden matrices, for Muon; embedding, betas, gains, biases and the memory's decay and write are AdamW's."""
         return [self.input_map, *(m.weight for m in self.layers.modules() if isinstance(m, nn.Linear) and m.bias is None)]

@@ -197,6 +197,7 @@ def parse_args(argv=None):
     parser.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices and embeddings (default: 0.1)")
     parser.add_argument("--rate_penalty", type=float, help=f"Pulse: nats per spike per synapse and token (default: {RATE_PENALTY})")
     parser.add_argument("--shorten", type=float, help=f"Pulse: factor of normalized matrices at the start of phase 2 (default: {SHORTEN})")
+    parser.add_argument("--quieten", type=float, help="Pulse: factor of currents whose counts need not be exact, from phase 3 on")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the data (default: 0)")
     parser.add_argument("--save_interval", type=int, default=250, help="steps between checkpoints (default: 250)")
     parser.add_argument("--eval_interval", type=int, default=250, help="steps between evaluations (default: 250)")
@@ -222,6 +223,8 @@ def parse_args(argv=None):
         raise InputError(f"--rate_penalty={args.rate_penalty} must be 0 or more, and is for --model=pulse only")
     if args.shorten is not None and (args.model != "pulse" or not 0 < args.shorten <= 1):
         raise InputError(f"--shorten={args.shorten} must be above 0 and at most 1, which shortens nothing, and is for --model=pulse only")
+    if args.quieten is not None and (args.model != "pulse" or not 0 < args.quieten <= 1):
+        raise InputError(f"--quieten={args.quieten} must be above 0 and at most 1, which changes nothing, and is for --model=pulse only")
     args.shorten = args.shorten or SHORTEN
     args.out = args.out or Path("out") / args.model
     args.sizes = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
@@ -328,6 +331,7 @@ def train(args, device: Device, say):
         rate_penalty = RATE_PENALTY if args.rate_penalty is None else args.rate_penalty
         settings |= {"rate_penalty": rate_penalty} if args.model == "pulse" else {}
         settings |= {"shorten": args.shorten} if args.model == "pulse" and phase == 2 else {}
+        settings |= {"quieten": args.quieten} if args.model == "pulse" and phase == 3 else {}
         final = args.out / f"phase{phase}.pt"
         if final.exists():
             check_same(final, load_checkpoint(final)["settings"], settings)
@@ -370,6 +374,8 @@ def train(args, device: Device, say):
                 step, best = checkpoint["step"], checkpoint["best"]
             elif phase == 2 and args.model == "pulse":
                 model.shorten(args.shorten)
+            elif phase == 3 and args.quieten:
+                model.quieten(args.quieten)
             say(f"continuing {origin} at step {step:,}" if same_phase else f"starting from {origin}")
             del checkpoint
         elif phase > 1:

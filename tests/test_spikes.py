@@ -167,6 +167,20 @@ def test_energy_of_pulse(monkeypatch):
     assert in_phases["spikes_per_synapse"] == pytest.approx(phased / matrices)
 
 
+def test_quiet_neurons_fire_less_and_the_others_as_before():
+    model, idx = tiny(num_steps=48)
+    with torch.no_grad():
+        before, logits, read = spikes.firing_rates(model, idx), model(idx)[0], model.input_table()
+        model.quieten(0.8)
+        after, quiet_logits = spikes.firing_rates(model, idx), model(idx)[0]
+    for name in ("layers.0.gate_proj", "layers.0.feed_forward.up_proj", "layers.1.memory.q", "layers.1.memory.k", "lm_head"):
+        assert 0 < after[name]["spikes"] < before[name]["spikes"], name
+    assert after["layers.0.in_proj"] == before["layers.0.in_proj"]  # the first that reads, and it counts exactly
+    torch.testing.assert_close(model.input_table(), read / 0.8)
+    together = torch.corrcoef(torch.stack([logits.flatten(), quiet_logits.flatten()]))[0, 1].item()
+    assert together > 0.8 and quiet_logits.std().item() == pytest.approx(logits.std().item(), rel=0.3)
+
+
 def test_no_membranes_and_no_memories_cost_nothing():
     model, idx = tiny(tau_max=1.0, memory_every=9)
     rows = {row["name"]: row for row in spikes.energy(model, idx)["rows"]}
