@@ -479,8 +479,8 @@ class Pulse(nn.Module):
     def quieten(self, factor: float):
         """Multiply by a factor the currents of the neurons whose counts need not be exact, so that they fire less.
 
-        Those are the neurons that feed the head, the feed-forward parts and the gates, and queries and keys. The head's matrix gets as
-        much larger; what is read for a token stays, since it is normalized.
+        Those are the neurons that feed the head, the feed-forward parts and the gates (if these have their own), and queries and keys.
+        The head's matrix gets as much larger; what is read for a token stays, since it is normalized.
         """
         quiet = ("out", "feed_forward.encode", "gate_encode", "memory.q", "memory.k")
         for name, module in self.named_modules():

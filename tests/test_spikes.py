@@ -169,13 +169,20 @@ def test_energy_of_pulse(monkeypatch):
 
 def test_quiet_neurons_fire_less_and_the_others_as_before():
     model, idx = tiny(num_steps=48)
+    neurons = {name: module for name, module in model.named_modules() if isinstance(module, Neuron)}
     with torch.no_grad():
+        for neuron in neurons.values():
+            neuron.bias.normal_(std=0.1)
+        old = {name: (neuron.gain.clone(), neuron.bias.clone()) for name, neuron in neurons.items()}
         before, logits, read = spikes.firing_rates(model, idx), model(idx)[0], model.input_table()
         model.quieten(0.8)
         after, quiet_logits = spikes.firing_rates(model, idx), model(idx)[0]
     for name in ("layers.0.gate_proj", "layers.0.feed_forward.up_proj", "layers.1.memory.q", "layers.1.memory.k", "lm_head"):
         assert 0 < after[name]["spikes"] < before[name]["spikes"], name
     assert after["layers.0.in_proj"] == before["layers.0.in_proj"]  # the first that reads, and it counts exactly
+    for name, neuron in neurons.items():
+        factor = 0.8 if name.endswith(("out", "feed_forward.encode", "gate_encode", "memory.q", "memory.k")) else 1
+        torch.testing.assert_close((neuron.gain, neuron.bias), tuple(factor * value for value in old[name]))
     torch.testing.assert_close(model.input_table(), read / 0.8)
     together = torch.corrcoef(torch.stack([logits.flatten(), quiet_logits.flatten()]))[0, 1].item()
     assert together > 0.8 and quiet_logits.std().item() == pytest.approx(logits.std().item(), rel=0.3)
