@@ -239,6 +239,11 @@ def test_pulse_pays_for_its_spikes_in_distillation_too(room):
         rates = firing_rates(model, torch.tensor([tokenizer.encode(text).ids]))
         spikes.append(sum(rate["spikes"] * rate["neurons"] for rate in rates.values()))
     assert spikes[0] < 0.9 * spikes[2], spikes
+    losses = []
+    for name, batches in {"at_once": ["--batch_size=8"], "micro_steps": ["--batch_size=2", "--grad_accum=4"]}.items():
+        works(*options, "--rate_penalty=20", *batches, f"--out=out/{name}", cwd=room)
+        losses.append([x["loss"] for x in lines_of(room / f"out/{name}/log.jsonl") if "loss" in x][-1])
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)  # charged in every micro-step four times too much it is off by 0.3
     works(*options, "--student=out/spares", "--out=out/spares_again", cwd=room)  # as it was trained
     assert load_checkpoint(room / "out/spares_again/last.pt")["settings"]["rate_penalty"] == 20
 
