@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prepare import InputError
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products; weights are always fp32
 # Dense bf16 peak in FLOP/s from the makers' data sheets; other devices are measured with one matrix product at the start.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
@@ -103,12 +104,12 @@ class StopNotice:
 
 
 class Device:
-    """Where this process computes, in which precision, and how it talks to the other ranks of a torchrun."""
+    """Where this process computes, in which precision (of DTYPES), and how it talks to the other ranks of a torchrun."""
 
-    def __init__(self, name: str | None):
+    def __init__(self, name: str | None, dtype: str | None = None):
         self.ranks, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         self.torch = choose_device(name)
-        self.dtype = torch.bfloat16 if has_bf16(self.torch) else torch.float32
+        self.dtype = DTYPES[dtype or ("bf16" if has_bf16(self.torch) else "fp32")]
         if self.torch.type == "cpu":
             keep_freed_memory()
         if self.ranks > 1:

@@ -34,7 +34,7 @@ import prepare
 import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from curves import draw_curves, trim_log
-from device import Device, StopNotice
+from device import DTYPES, Device, StopNotice
 from exact_match import final_number, majority, wilson
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
@@ -261,6 +261,9 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
         save_now = ending or step % args.save_interval == 0
         if log_now or save_now:
             device.wait()
+            if not math.isfinite(grad_norm):  # so neither are the weights by now: nothing more is saved
+                why = f"the gradient is {grad_norm:.3g} at step {step}"
+                raise InputError(f"{why}: start over with --fresh and a lower --lr than {peak_lr:.2g}")
         seconds += time.perf_counter() - clock
         if log_now:
             (mean_loss,) = device.sum([torch.stack(losses).sum().item() / (step - logged[0])])
@@ -270,8 +273,6 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
             say(f"step {step:>5,}/{steps:,}  loss {mean_loss:.4f}  lr {lr:.2e}  grad {grad_norm:.2f}  {rate:,.0f} tokens/s  mfu {mfu:.1%}"
                 f"  eta {eta}", flush=True)  # fmt: skip
             record(loss=round(mean_loss, 5), lr=lr, grad_norm=round(grad_norm.item(), 5), tokens_per_s=round(rate, 1), mfu=round(mfu, 4))
-            if not math.isfinite(mean_loss):
-                raise InputError(f"the loss is {mean_loss} at step {step}: start over with --fresh and a lower --lr than {peak_lr:.2g}")
             losses, logged = [], (step, tokens, seconds)
         if ending or step % args.eval_interval == 0:
             evaluate_loss()
@@ -371,6 +372,7 @@ def parse_args(argv=None):
     parser.add_argument("--eval_interval", type=int, default=250, help="steps between validation losses (default: 250)")
     parser.add_argument("--log_interval", type=int, default=25, help="steps between log lines (default: 25)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of matrix products (default: bf16 where the device multiplies it fast)")
     parser.add_argument("--fresh", action="store_true", help="train from the student again; the traces stay")
     args = parser.parse_args(argv)
     for name in ("votes", "max_new_tokens", "gen_batch_size", "concurrency", "num_problems", "num_eval", "epochs", "batch_size",
@@ -485,7 +487,7 @@ def distill(args, device: Device, say):
 
 def main(argv=None):
     args = parse_args(argv)
-    with Device(args.device) as device:
+    with Device(args.device, args.dtype) as device:
         distill(args, device, print if device.rank == 0 else lambda *_, **__: None)
 
 

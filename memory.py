@@ -56,7 +56,10 @@ def training_memory(config: FlowConfig, batch_size: int, seq_len: int, checkpoin
     always = parts["weights"] + parts["muon"] + parts["adamw"]
     forward = always + parts["bf16"] + parts["activations"] + loss
     backward = always + parts["gradients"] + block
-    return parts | {"peak": max(forward, backward), "peak_accumulating": max(forward + parts["gradients"], backward)}
+    # Checkpointing: a block is computed again while the inputs of all are still there, and no gradient of this micro-step yet.
+    again = always + parts["activations"] + block if checkpointing else 0
+    accumulating = max(forward + parts["gradients"], backward, checkpointing * (again + parts["gradients"]))
+    return parts | {"peak": max(forward, backward, again), "peak_accumulating": accumulating}
 
 
 def kept_bytes(model: Flow, idx: Tensor, targets: Tensor, autocast: AbstractContextManager) -> int:

@@ -12,7 +12,7 @@ B batch, T new tokens, S keys seen, C = d_model, H query heads, K key/value head
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -47,10 +47,11 @@ class FlowConfig:
     global_layers: tuple[int, ...] | None = None  # when given: exactly these layers see everything (imported models)
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is int and value < 1:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is int and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-            if type(value) is float and not 0 < value < math.inf:
+            if field.type is float and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be above 0 and finite")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}, the key heads they share")
@@ -58,6 +59,8 @@ class FlowConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd: RoPE rotates pairs, choose an even one")
         if self.global_layers is not None:
             object.__setattr__(self, "global_layers", tuple(self.global_layers))  # a list when it comes out of a checkpoint
+            if foreign := set(self.global_layers) - set(range(self.n_layer)):
+                raise ValueError(f"global_layers names layer {min(foreign)}, there are layers 0 to {self.n_layer - 1}")
 
     def is_global(self, layer: int) -> bool:
         """Whether this layer sees the whole past; else it sees the last `window` tokens."""
@@ -201,11 +204,11 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     B, H, T, D = q.shape
     n, pos = -(-T // window), torch.arange(window, device=q.device)
     blocks = F.pad(q, (0, 0, 0, n * window - T)).view(B, H, n, window, D).transpose(1, 2)  # [B, n, H, W, D]
-    pairs = [F.pad(x, (0, 0, window, n * window - T)).unfold(2, 2 * window, window) for x in (k, v)]  # [B, K, n, D, 2W]
-    pairs = [x.permute(0, 2, 1, 4, 3) for x in pairs]  # [B, n, K, 2W, D]
+    pairs = (F.pad(x, (0, 0, window, n * window - T)).unfold(2, 2 * window, window) for x in (k, v))  # [B, K, n, D, 2W]
+    k, v = (x.permute(0, 2, 1, 4, 3) for x in pairs)  # [B, n, K, 2W, D]
     mask = band(pos + window, torch.arange(2 * window, device=q.device), window)
-    first = attend(blocks[:, 0], pairs[0][:, 0, :, window:], pairs[1][:, 0, :, window:], mask[:, window:])  # none before it
-    rest = attend(blocks[:, 1:].flatten(0, 1), pairs[0][:, 1:].flatten(0, 1), pairs[1][:, 1:].flatten(0, 1), mask)
+    first = attend(blocks[:, 0], k[:, 0, :, window:], v[:, 0, :, window:], mask[:, window:])  # none before it
+    rest = attend(*(x[:, 1:].flatten(0, 1) for x in (blocks, k, v)), mask)
     out = torch.cat([first[:, None], rest.view(B, n - 1, H, window, D)], dim=1)
     return out.transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
 
@@ -258,7 +261,7 @@ class KVCache:
             return attend(q, *cache[:, :, : min(pos + 1, size)].chunk(2, dim=1), None)
         new = torch.arange(pos, pos + T, device=q.device)
         past, kept = torch.arange(max(0, pos - size), pos, device=q.device), new[-size:]
-        seen = torch.cat([cache[:, :, past % size], kv], dim=2)
+        seen = torch.cat([cache[:, :, past % size], kv], dim=2) if pos else kv  # before new ones take their places
         cache[:, :, kept % size] = kv[:, :, -size:]
         if pos == 0:
             return causal_attention(q, *kv.chunk(2, dim=1), window)
@@ -404,7 +407,8 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        values, kept = logits.topk(top_k)  # not all that are as large as the k-th: logits in bf16 are often equal
+        logits = torch.full_like(logits, -math.inf).scatter_(1, kept, values)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:  # nucleus sampling (arXiv:1904.09751): the fewest tokens whose probabilities reach top_p
         ranked, order = probs.sort(descending=True)

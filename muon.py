@@ -29,8 +29,9 @@ BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**24, "mps": 2**24}
 def orthogonalise(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The orthogonal factor U Vᵀ of each matrix of G = U S Vᵀ, approximately: singular values between 0.65 and 1.13.
 
-    G [..., R, C] of any float type -> [..., R, C] of `dtype`, in which the products are computed. The iteration is stable in bf16;
-    fp32 is for hardware that has no bf16 products and only imitates them. A zero matrix stays zero.
+    G [..., R, C] of any float type -> [..., R, C] of `dtype`, in which the products are computed. The iteration is stable in bf16,
+    whose rounding lifts some singular values to 1.2; fp32 is for hardware that has no bf16 products and only imitates them. A zero
+    matrix stays zero.
     """
     X = G.reshape(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)
@@ -138,7 +139,8 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW] for a Flow or a Pulse: `model.muon_params()` to Muon, which computes in `dtype`, everything else to AdamW.
 
-    Only the embedding and the head among AdamW's parameters decay; norms and other vectors have no scale to keep small.
+    Of AdamW's parameters only the matrices decay: embedding, head, and what tells a Pulse's memories to fade and to write. Norms and
+    other vectors have no scale to keep small.
     """
     matrices = model.muon_params()
     ids = {id(p) for p in matrices}

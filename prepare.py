@@ -247,8 +247,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for phase in WINDOWS:
         parser.add_argument(f"--phase{phase}", nargs="+", metavar="SOURCE", help=f"sources of phase {phase}")
     parser.add_argument("--val", nargs="+", metavar="SOURCE", help="validation text of all phases (default: split off the sources)")
-    parser.add_argument("--field", help="field of .jsonl and .parquet that holds the text (default: text, content, question + answer)")
-    parser.add_argument("--vocab_size", type=int, default=1024, help="260 to 65536 (default 1024)")
+    parser.add_argument("--field", help="field of .jsonl and .parquet that holds the text "
+                        "(default: text, content, question + answer, messages)")
+    vocabulary = parser.add_mutually_exclusive_group()
+    vocabulary.add_argument("--vocab_size", type=int, default=1024, help="260 to 65536 (default 1024)")
+    vocabulary.add_argument("--tokenizer", type=Path, help="train none, take this tokenizer.json of prepare.py or the one in a folder: "
+                            "for a model that is there and is to learn this text (train.py --init)")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/ and the name of the first source but builtin)")
     parser.add_argument("--push", metavar="USER/NAME", help="then publish the folder as a data set on the Hugging Face Hub")
     parser.add_argument("--val_fraction", type=float, default=0.02, help="share of the documents kept for validation (default 0.02); "
@@ -262,6 +266,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"{args.source[0]} would not be read, every phase has sources of its own: give it to --phase1, 2 or 3")
     if "builtin" in (args.val or []):
         raise InputError("--val=builtin: the built-in corpus brings its own validation text: leave --val out")
+    args.tokenizer = args.tokenizer and read_tokenizer(args.tokenizer)
     return args
 
 
@@ -334,6 +339,24 @@ def make_tokenizer(spool: Spool, splits: Splits, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def read_tokenizer(path: Path) -> str:
+    """The text of a tokenizer.json that prepare.py wrote, or that a folder of it holds. InputError for any other: Encoder relies on
+    where ours cuts words, and the special tokens have to be 0 to 3."""
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"--tokenizer={path} does not exist: name a tokenizer.json of prepare.py, or a folder that holds one")
+    try:
+        text = path.read_text(encoding="utf-8")
+        Tokenizer.from_str(text)
+        ours, theirs = json.loads(train_tokenizer([], 260).to_str()), json.loads(text)
+    except Exception as problem:  # the only type that the tokenizers library raises
+        raise InputError(f"--tokenizer={path} is not a tokenizer ({problem}): name a tokenizer.json of prepare.py") from problem
+    differ = [key for key in ours if key != "model" and ours[key] != theirs.get(key)]
+    if differ or len(theirs["model"]["vocab"]) > 65536:
+        raise InputError(f"--tokenizer={path} is not one of prepare.py ({', '.join(differ)}): leave it out, a new one is trained then")
+    return text
+
+
 def write_splits(spool: Spool, splits: Splits, tokenizer_json: str, folder: Path, limit: int) -> dict:
     """Write the shards of all phases: phase -> split -> documents, bytes, tokens, shards, sha256 of the tokens."""
     phases, n_bytes, start = {}, 0, time.perf_counter()
@@ -392,8 +415,8 @@ def build(args: argparse.Namespace, folder: Path, wanted: dict[int, list], files
     splits = assign_splits(spool, ranges, args.val_fraction)
     table = cleaning_table(spool, splits, result)
     check_phases(splits, wanted, table, args.val)
-    tokenizer = make_tokenizer(spool, splits, args.vocab_size)
-    tokenizer_json = tokenizer.to_str()
+    tokenizer_json = args.tokenizer or make_tokenizer(spool, splits, args.vocab_size).to_str()
+    vocab_size = Tokenizer.from_str(tokenizer_json).get_vocab_size()
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     phases = write_splits(spool, splits, tokenizer_json, folder, args.shard_tokens)
     spool.close()
@@ -402,7 +425,7 @@ def build(args: argparse.Namespace, folder: Path, wanted: dict[int, list], files
     if any(source.name == "builtin" for source, _ in sources):
         write_problems(folder)
     contents = [tokenizer_json] + [f"{phase} {split} {total['sha256']}" for phase in phases for split, total in phases[phase].items()]
-    meta = {"vocab_size": tokenizer.get_vocab_size(), "special_tokens": SPECIAL_TOKENS, "phases": phases, "cleaning": table,
+    meta = {"vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS, "phases": phases, "cleaning": table,
             "sources": {phase: [source.name for source, _ in wanted[phase]] for phase in wanted},
             "fingerprint": hashlib.sha256("\n".join(contents).encode()).hexdigest()}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

@@ -15,7 +15,7 @@ B batch, T tokens, C = d_model, N = neurons of a layer, H memory heads, D = C / 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import snntorch
 import torch
@@ -59,9 +59,9 @@ class PulseConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name}={getattr(self, field.name)} must be at least 1")
         if self.num_steps > MAX_STEPS:
             raise ValueError(f"num_steps={self.num_steps} must be at most {MAX_STEPS}: larger counts are not exact in bf16")
         if not 0 < self.norm_eps < math.inf:
@@ -79,7 +79,7 @@ class PulseConfig:
         return (layer + 1) % self.memory_every == 0
 
     def fine(self) -> float:
-        """In how many steps, for one of a Pulse with STEPS micro-steps, the neurons count whose spikes are carried over tokens."""
+        """Steps of the neurons whose spikes are carried over tokens, for one of the others: 3 with num_steps=48, 1 up to STEPS of them."""
         return max(1.0, self.num_steps / STEPS)
 
     def is_gated(self) -> bool:
@@ -131,7 +131,7 @@ class Neuron(snntorch.Leaky):
     token by a second input g, the gate: beta_t = sigmoid(g_t / rms(g_t) * gate_gain + logit(beta)). A membrane can then let go of
     the past in one token, or hold what it has while thirty pass. With `tau` [N] = None nothing lasts from token to token.
     With `square` the current is relu(I)², as in arXiv:2109.08668: a neuron then computes with products of its inputs. With a
-    `rheobase`, the least current that drives a neuron, spikes_t = fire(U_t - rheobase), signed: fire(sign(U_t) (|U_t| - rheobase)).
+    `rheobase`, the least current that drives a neuron, spikes_t = fire(U_t - rheobase), signed: sign(U_t) fire(|U_t| - rheobase).
     """
 
     def __init__(
@@ -435,7 +435,8 @@ class Pulse(nn.Module):
         C, N, H, pairs = self.config.d_model, self.config.d_hidden, self.config.n_head, [(self.out, self.config.vocab_size)]
         gated, apart = self.config.is_gated(), self.config.gates_apart()
         for block in self.layers:
-            pairs += [(block.encode, N * (1 + gated - apart)), (block.hidden, C)] + [(block.gate_encode, N)] * apart
+            pairs += [(block.encode, 2 * N if gated and not apart else N), (block.hidden, C)]
+            pairs += [(block.gate_encode, N)] if apart else []
             pairs += [(block.feed_forward.encode, self.config.d_ff), (block.feed_forward.hidden, C)]
             if block.memory is not None:
                 pairs += [(block.memory.encode, 3 * C + 2 * H), (block.memory.o, C)]

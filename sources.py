@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import corpus
 
 FILE_TYPES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
-TEXT_FIELDS = (("text",), ("content",), ("question", "answer"))
+TEXT_FIELDS = (("text",), ("content",), ("question", "answer"), ("messages",))
 END_LINE = re.compile(r"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
 PIECE = 1 << 21  # characters; a longer text counts as several documents, cut at paragraph ends
 UNLABELLED, TRAIN, VAL = range(3)  # what a source says about the split of its documents
@@ -122,13 +122,24 @@ def choose_fields(present: Iterable[str], field: str | None, where: str) -> tupl
         if all(name in present for name in names):
             return names
     found = " ".join(", ".join(present).split()) or "none"
-    raise InputError(f"{where}: no field {field or 'text, content or question + answer'}, found {found}: "
+    raise InputError(f"{where}: no field {field or 'text, content, question + answer or messages'}, found {found}: "
                      f"name the field that holds the text with --field")
 
 
 def item_of(record: dict, names: tuple[str, ...], where: str) -> str | list[dict]:
-    """A record's document: a text, or a list of one {"question", "answer"}."""
+    """A record's document: a text, or a chat as a list of {"question", "answer"}."""
     values = ["" if record[name] is None else record[name] for name in names]
+    if names == ("messages",):
+        try:
+            turns = [(message["role"], message["content"]) for message in values[0]]
+            pairs = [{"question": asked, "answer": told} for (_, asked), (_, told) in zip(turns[::2], turns[1::2], strict=True)]
+            right = [role for role, _ in turns] == ["user", "assistant"] * len(pairs) and all(isinstance(text, str) for _, text in turns)
+        except (TypeError, KeyError, ValueError):
+            right = False
+        if not right:
+            raise InputError(f'{where}: messages are not turns of user and assistant, [{{"role": "user", "content": "..."}}, ...]: '
+                             "mend or drop the line, or name another field with --field")
+        return pairs
     for name, value in zip(names, values):
         if not isinstance(value, str):
             raise InputError(f"{where}: field {name} holds {type(value).__name__}, expected a string: name another with --field")

@@ -28,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 import spikes
-from checkpoint import MODELS, PHASES, load_checkpoint, load_weights, save_checkpoint
+from checkpoint import MODELS, PHASES, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from curves import draw_curves, trim_log
-from device import Device, StopNotice
+from device import DTYPES, Device, StopNotice
 from model import PRESETS
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
@@ -46,11 +46,10 @@ class Recipe:
     lr: tuple[float, float, float]  # their peaks
 
 
-# nano's first learning rate is from a sweep over whole curricula, all phases at that rate and phase 2 with twice the batch, seed 0: for
-# Flow 0.003 ends 0.2 to 0.6 % lower and solves fewer problems, 0.016 is better for 100 steps and ends 1 to 5 % higher; for Pulse 0.006
-# ends 0.1 to 1.1 % higher. In phase 2 half the batch and twice the steps, at 1/sqrt(2) of the rate, teach more sums, and a third more
-# steps than that many more; in the short phase 3 a quarter of the rate is better than half and all of it, for both. The others' rates
-# follow from nano's by 1/sqrt(d_model), their steps give 20 tokens per parameter: neither has been tried.
+# nano's rates are from sweeps over whole curricula (docs/pulse.md). Phase 1: of 0.003 to 0.016 this one solves most problems afterwards.
+# Phase 2: half the batch of phase 1, at 1/sqrt(2) of its rate; so many steps because sums are learned late. Phase 3, which is short:
+# a quarter is better than half and all of it. The other presets' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens
+# per parameter: neither has been tried.
 RECIPES = {
     "nano": Recipe((2048, 1024, 2048), 1, (1500, 4000, 500), (0.004, 0.0028, 0.001)),
     "small": Recipe((32_768,) * 3, 1, (8_000, 5_000, 3_000), (0.002, 0.002, 0.0005)),
@@ -188,6 +187,7 @@ def parse_args(argv=None):
     parser.add_argument("--preset", choices=PRESETS, default="nano", help="its size (default: nano)")
     parser.add_argument("--data", type=Path, default=Path("data/builtin"), help="folder made by prepare.py (default: data/builtin)")
     parser.add_argument("--out", type=Path, help="folder of the run (default: out/<model>)")
+    parser.add_argument("--init", metavar="CKPT", help="first weights: a checkpoint or the folder of a run with the tokenizer of --data")
     parser.add_argument("--phase", type=int, choices=PHASES, help="train this phase only (default: all that are not finished)")
     parser.add_argument("--steps", type=int, help="optimizer steps per phase (default: the preset's)")
     parser.add_argument("--batch_size", type=int, help="sequences per process and micro-step (default: the preset's tokens / seq_len)")
@@ -204,6 +204,7 @@ def parse_args(argv=None):
     parser.add_argument("--log_interval", type=int, default=25, help="steps between log lines (default: 25)")
     parser.add_argument("--eval_tokens", type=int, default=2**16, help="validation tokens per evaluation, at most (default: 65,536)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of matrix products (default: bf16 where the device multiplies it fast)")
     parser.add_argument("--compile", action="store_true", help="torch.compile blocks and loss: faster on a GPU, after half a minute of it")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more work")
     parser.add_argument("--fresh", action="store_true", help="start over, from --phase if given: removes the checkpoints")
@@ -221,10 +222,12 @@ def parse_args(argv=None):
         raise InputError(f"--seed={args.seed} and --weight_decay={args.weight_decay} must be 0 or more, below 2**63 and finite")
     if args.rate_penalty and args.model != "pulse" or not 0 <= (args.rate_penalty or 0) < math.inf:
         raise InputError(f"--rate_penalty={args.rate_penalty} must be 0 or more, and is for --model=pulse only")
-    if args.shorten is not None and (args.model != "pulse" or not 0 < args.shorten <= 1):
-        raise InputError(f"--shorten={args.shorten} must be above 0 and at most 1, which shortens nothing, and is for --model=pulse only")
-    if args.quieten is not None and (args.model != "pulse" or not 0 < args.quieten <= 1):
-        raise InputError(f"--quieten={args.quieten} must be above 0 and at most 1, which changes nothing, and is for --model=pulse only")
+    for name, phase in (("shorten", 2), ("quieten", 3)):
+        value = getattr(args, name)
+        if value is not None and (args.model != "pulse" or not 0 < value <= 1):
+            raise InputError(f"--{name}={value} must be above 0 and at most 1, which changes nothing, and is for --model=pulse only")
+        if value is not None and args.phase not in (None, phase):
+            raise InputError(f"--{name}={value} acts at the start of phase {phase}, this command trains phase {args.phase}: leave it out")
     args.shorten = args.shorten or SHORTEN
     args.out = args.out or Path("out") / args.model
     args.sizes = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
@@ -246,7 +249,7 @@ def model_config(args, vocab_size: int):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        with Device(args.device) as device:
+        with Device(args.device, args.dtype) as device:
             train(args, device, print if device.rank == 0 else lambda *_, **__: None)
     except RuntimeError as problem:
         if cause := getattr(problem, "inner_exception", None):  # BackendCompilerFailed, whose module takes seconds to import
@@ -329,6 +332,7 @@ def train(args, device: Device, say):
         settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
         rate_penalty = RATE_PENALTY if args.rate_penalty is None else args.rate_penalty
+        settings |= {"init": args.init} if args.init else {}
         settings |= {"rate_penalty": rate_penalty} if args.model == "pulse" else {}
         settings |= {"shorten": args.shorten} if args.model == "pulse" and phase == 2 else {}
         settings |= {"quieten": args.quieten} if args.model == "pulse" and phase == 3 else {}
@@ -358,18 +362,22 @@ def train(args, device: Device, say):
         if later and not same_phase:
             why = f"{args.out}/phase{later[0]}.pt was trained without a phase {phase}"
             raise InputError(f"{why}: remove it with --fresh --phase={phase}, or name another --out")
-        if origin:
+        first = args.init and phase == min(plan) and not same_phase  # weights of another run, and nothing else of it
+        if first and origin:
+            raise InputError(f"--init={args.init} is for a run's first weights, and {origin} is there: name another --out or leave it out")
+        if origin := find_checkpoint(args.init) if first else origin:
             checkpoint = load_checkpoint(origin)
             check_same(origin, checkpoint["settings"], settings if same_phase else {k: settings[k] for k in ("model", *vars(config))})
             if checkpoint["tokenizer"] != tokenizer_json:
                 raise InputError(f"{origin} was trained with another tokenizer than that of {args.data}: use its data or another --out")
-            if "optimizer" not in checkpoint:
+            if "optimizer" not in checkpoint and not first:
                 raise InputError(f"{origin} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
             load_weights(model, checkpoint, origin)
-            for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-                optimizer.load_state_dict(state)
-                optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # AdamW's state brings that of the phase before along
-            tokens, seconds, wall = checkpoint["tokens"], checkpoint["seconds"], checkpoint["wall"]
+            if not first:
+                for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+                    optimizer.load_state_dict(state)
+                    optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # AdamW's state brings that of the phase before along
+                tokens, seconds, wall = checkpoint["tokens"], checkpoint["seconds"], checkpoint["wall"]
             if same_phase:
                 step, best = checkpoint["step"], checkpoint["best"]
             elif phase == 2 and args.model == "pulse":
@@ -378,6 +386,8 @@ def train(args, device: Device, say):
                 model.quieten(args.quieten)
             say(f"continuing {origin} at step {step:,}" if same_phase else f"starting from {origin}")
             del checkpoint
+        elif phase == 3 and args.quieten:
+            raise InputError(f"--quieten={args.quieten} is for a trained Pulse, and {args.out} holds no phase2.pt: train --phase=2 first")
         elif phase > 1:
             say(f"no {args.out}/phase{phase - 1}.pt: starting from new weights (the curriculum would train --phase={phase - 1} first)")
         if device.rank == 0:
@@ -419,6 +429,9 @@ def train(args, device: Device, say):
             evaluate_now, save_now = ending or step % args.eval_interval == 0, ending or step % args.save_interval == 0
             if log_now or evaluate_now or save_now:
                 device.wait()
+                if not math.isfinite(grad_norm):  # so neither are the weights by now: nothing more is saved
+                    why = f"the gradient is {grad_norm:.3g} at step {step}, the loss {losses[-1]:.4g}"
+                    raise InputError(f"{why}: start over with --fresh and a lower --lr than {peak_lr}")
             seconds += time.perf_counter() - clock
             total_wall = wall + time.perf_counter() - began
             if log_now:
@@ -436,8 +449,6 @@ def train(args, device: Device, say):
                     step=step, phase=phase, tokens=tokens, seconds=round(seconds, 3), loss=round(mean_loss, 5), lr=lr,
                     grad_norm=round(grad_norm.item(), 5), tokens_per_s=round(rate, 1), mfu=round(mfu, 4),
                 )  # fmt: skip
-                if not math.isfinite(mean_loss):
-                    raise InputError(f"the loss is {mean_loss} at step {step}: start over with --fresh and a lower --lr than {peak_lr}")
                 losses, logged = [], (step, seconds)
             improved = False
             if evaluate_now:

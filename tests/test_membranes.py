@@ -193,6 +193,29 @@ def test_firing_takes_nothing_from_the_membrane_and_currents_do_not_add_up():
     torch.testing.assert_close(zero, mem)
 
 
+def test_first_weights():
+    """What docs/pulse.md found to matter: small matrices before a normalization, outputs by depth, gains by what a neuron is for."""
+    config = PulseConfig(vocab_size=300, n_layer=4, d_model=128, d_hidden=192, d_ff=352)
+    torch.manual_seed(0)
+    model = Pulse(config)
+    block = model.layers[0]
+    for layer, std in (
+        (block.in_proj, 0.1 * 128**-0.5), (block.gate_proj, 0.1 * 128**-0.5), (block.feed_forward.up_proj, 0.1 * 128**-0.5),
+        (block.out_proj, (192 * 8) ** -0.5), (block.feed_forward.down_proj, (352 * 8) ** -0.5),
+    ):  # fmt: skip
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert model.token_share.tolist() == [1, 2, 3, 4, 0] and torch.equal(model.input_map, torch.eye(128))
+    for neuron, gain in (
+        (block.encode, 9), (block.gate_encode, 3), (block.feed_forward.encode, 3), (block.hidden, 4), (block.feed_forward.hidden, 1),
+        (model.layers[2].memory.encode, 3), (model.layers[2].memory.o, 4), (model.out, 4),
+    ):  # fmt: skip
+        assert neuron.gain.unique().tolist() == [gain]
+    slow = Pulse(dataclasses.replace(config, leak="learned", tau_max=32.0)).layers[0].hidden
+    beta = slow.leak.sigmoid()
+    torch.testing.assert_close(slow.gain, 2 * ((1 + beta) / (1 - beta)).sqrt(), rtol=1e-4, atol=0)
+    assert 1.04 < 1 / (1 - beta.min()) < 1.06 and 31.9 < 1 / (1 - beta.max()) < 32.1
+
+
 def test_a_scan_is_one_operation_to_torch_compile():
     """Its loop over tokens would be unrolled; outside of torch.compile it is called plainly."""
     graphs, x = [], torch.rand(2, 70, 5)

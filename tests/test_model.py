@@ -244,6 +244,8 @@ def test_flops_count_what_the_matrix_products_do():
         (dict(n_head=3), "n_head=3 is not divisible by n_kv_head=2"),
         (dict(head_dim=15), "head_dim=15 is odd"),
         (dict(n_layer=0), "n_layer=0"),
+        (dict(norm_eps=0), "norm_eps=0 must be above 0"),
+        (dict(global_layers=(0, 9)), "global_layers names layer 9, there are layers 0 to "),
     ],
 )
 def test_impossible_sizes(wrong, message):
@@ -402,6 +404,9 @@ def test_sampling_follows_the_distribution_it_is_told():
     torch.testing.assert_close(share(top_k=2), torch.tensor([5, 2, 0, 0, 0]) / 7, atol=0.015, rtol=0)
     torch.testing.assert_close(share(top_p=0.8), torch.tensor([0.5, 0.2, 0.15, 0, 0]) / 0.85, atol=0.015, rtol=0)
     assert share(top_p=1e-9)[0] == 1 and share(temperature=0)[0] == 1
+    logits = torch.tensor([[3.0, 1.0, 3.0, 3.0]]).repeat(1000, 1)  # as bf16 makes them
+    assert (torch.bincount(sample_token(logits, 1.0, 2, None), minlength=4) > 100).sum() == 2
+    assert len(sample_token(logits, 1.0, 1, None).unique()) == 1
 
 
 def test_empty_prompts_are_refused():

@@ -55,6 +55,31 @@ def words(tokenizer, text):
     return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
+def test_a_tokenizer_that_is_there_is_taken_over(tmp_path, capsys):
+    rng = random.Random(30)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(prose(rng, 3000))
+    make("a.txt", out="first")
+    for given in ("first", "first/tokenizer.json"):
+        prepare.main(["b.txt", f"--tokenizer={given}", "--out=second"])
+        assert Path("second/tokenizer.json").read_bytes() == Path("first/tokenizer.json").read_bytes()
+        assert prepare.load_meta("second")["vocab_size"] == 300 and documents("second", 1, "train")[0] in Path("b.txt").read_text()
+    foreign = json.loads(Path("first/tokenizer.json").read_text())
+    Path("other.json").write_text(json.dumps(foreign | {"pre_tokenizer": None}))
+    Path("no.json").write_text("{}")
+    for options, message in (
+        (["--tokenizer=nowhere"], "--tokenizer=nowhere does not exist: name a tokenizer.json"),
+        (["--tokenizer=other.json"], "--tokenizer=other.json is not one of prepare.py (pre_tokenizer): leave it out"),
+        (["--tokenizer=no.json"], "--tokenizer=no.json is not a tokenizer ("),
+        (["--tokenizer=first", "--vocab_size=300"], "argument --vocab_size: not allowed with argument --tokenizer"),
+    ):
+        with pytest.raises(SystemExit):
+            prepare.run(lambda options=options: prepare.main(["b.txt", "--out=third", *options]))
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not Path("third").exists()
+
+
 def test_text_in_segments_gives_the_same_tokens(tokenizer, monkeypatch):
     rng = random.Random(2)
     for segment in (1, 7, 50):
@@ -322,13 +347,13 @@ def bad_inputs(folder):
     ("cut.jsonl", "cut.jsonl:2: malformed JSON (Unterminated string"),
     ("list.jsonl", "list.jsonl:1: holds list, expected one JSON object per line"),
     ("utf8.jsonl", "utf8.jsonl:1: not UTF-8 at byte 10 of the line"),
-    ("fields.jsonl", "fields.jsonl:1: no field text, content or question + answer, found body, n: name the field"),
+    ("fields.jsonl", "fields.jsonl:1: no field text, content, question + answer or messages, found body, n: name the field"),
     ("fields.jsonl --field=title", "fields.jsonl:1: no field title, found body, n: name the field"),
     ("number.jsonl", "number.jsonl:1: field text holds int, expected a string"),
     ("plain.jsonl.gz", "plain.jsonl.gz is not a whole gzip file"),
     ("cut.jsonl.gz", "cut.jsonl.gz is not a whole gzip file"),
     ("x.parquet", "x.parquet is not a whole parquet file"),
-    ("names.jsonl", "names.jsonl:1: no field text, content or question + answer, found two lines: name the field"),
+    ("names.jsonl", "names.jsonl:1: no field text, content, question + answer or messages, found two lines: name the field"),
     ("text.txt --phase1 text.txt --phase2 text.txt --phase3 text.txt", "text.txt would not be read, every phase has sources of its own"),
     ("text.txt --vocab_size=259", "--vocab_size=259 is out of range: expected 260 to 65536"),
     ("text.txt --vocab_size=65537", "--vocab_size=65537 is out of range"),

@@ -481,6 +481,7 @@ def test_every_parameter_of_a_fresh_model_learns():
         (dict(n_layer=0), "n_layer=0 must be at least 1"),
         (dict(tau_max=0.5), "tau_max=0.5 must be at least 1 token"),
         (dict(rheobase=-1.0), "rheobase=-1.0 must be at least 0"),
+        (dict(rheobase=-1), "rheobase=-1 must be at least 0"),
         (dict(leak="none"), "leak=none must be one of gated, learned, fixed"),
         (dict(d_model=18), r"d_model=18 must be a multiple of 2 \* n_head=4"),
     ],

@@ -36,6 +36,15 @@ def test_file_types_and_folders(tmp_path):
     (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "Why?", "answer": "So."}) + "\n")
     read = lambda name, field: [item for _, item in sources.read_source(sources.Source(name), sources.source_files(name), 0, field)]  # noqa: E731
     assert read("qa.jsonl", None) == [[{"question": "Why?", "answer": "So."}]] and read("qa.jsonl", "answer") == ["So."]
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "chat.parquet")
+    for name in ("chat.jsonl", "chat.parquet"):
+        assert read(name, None) == [[{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]]
+    for wrong in (turns[:3], turns[1:3], [{"role": "user"}], "ab", 5, [turns[0], {"role": "assistant", "content": None}]):
+        (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": wrong}) + "\n")
+        with pytest.raises(sources.InputError, match="chat.jsonl:1: messages are not turns of user and assistant"):
+            read("chat.jsonl", None)
 
 
 def test_text_in_pieces(monkeypatch, tmp_path):
