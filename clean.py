@@ -33,7 +33,7 @@ MIN_TEXT = 0.25  # letters and digits among the visible bytes: arithmetic has .5
 MAX_WORD = 40  # mean ASCII characters per word: prose and source code have 3 to 10, base64 and minified data hundreds
 BUCKETS = 128  # files the keys are spread over: 50 million documents make buckets of 70 MB; macOS allows 256 open files
 
-INDEX = np.dtype([("n_bytes", "<u4"), ("n_chars", "<u4"), ("hash", "<u8"), ("label", "u1"), ("chat", "u1")])
+INDEX = np.dtype([("n_bytes", "<u4"), ("n_chars", "<u4"), ("hash", "<u8"), ("side", "<u8"), ("label", "u1"), ("chat", "u1")])
 KEY = np.dtype([("key", "<u8"), ("doc", "<u4")])
 
 
@@ -206,7 +206,8 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
     """Clean and judge (label, text or question-answer pairs) documents and compute the keys that copies share.
 
     Chats are compared exactly and not judged for repetition: two problems that differ in one number are two problems,
-    and worked solutions repeat their phrases.
+    and worked solutions repeat their phrases. `side`, which decides the split, is the hash of the text, of a chat that of its first
+    question: several answers to one question are on one side.
     """
     texts, rows, specials = [], [], 0
     tally = np.zeros((len(FATES), 2), np.int64)
@@ -222,9 +223,11 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
         if broken or not text.strip():
             tally[BROKEN if broken else EMPTY] += (1, n_raw)
             continue
-        digest = hashlib.blake2b(text.strip().encode(), digest_size=8).digest()
+        chat = not isinstance(item, str)
+        same, side = (int.from_bytes(hashlib.blake2b(part.strip().encode(), digest_size=8).digest(), "little")
+                      for part in (text, text.partition("<|im_end|>")[0] if chat else text))  # fmt: skip
         texts.append(data)
-        rows.append((len(data), len(text), int.from_bytes(digest, "little"), label, not isinstance(item, str)))
+        rows.append((len(data), len(text), same, side, label, chat))
     index = np.array(rows, dtype=INDEX)
     if not texts:
         return Cleaned(b"", index, np.empty(0, KEY), tally, specials)
@@ -383,9 +386,9 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
     """Documents of each phase (ranges of spool's documents), one per cluster of copies, and their split.
 
     A cluster is on the same side in all phases: validation if a source says so for one of its documents, training if one
-    says that, else by the hash of its first text. A phase in which val_fraction of the documents without a label is less
-    than one document has the last tenth of their text for validation instead, without those that a phase of fewer documents
-    has divided before it.
+    says that, else by the hash of its first text, of a chat of its first question. A phase in which val_fraction of the
+    documents without a label is less than one document has the last tenth of their text for validation instead, without those
+    that a phase of fewer documents has divided before it.
     """
     root, exact = spool.clusters()
     n = spool.n
@@ -393,7 +396,7 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
     is_val, labelled, divided = (np.zeros(n, bool) for _ in range(3))  # of a cluster, at its root
     for first, rows in spool.rows(0, n):
         block = slice(first, first + len(rows))
-        label[block], below[block] = rows["label"], rows["hash"] < np.uint64(val_fraction * 2**64)
+        label[block], below[block] = rows["label"], rows["side"] < np.uint64(val_fraction * 2**64)
         is_val[root[block][rows["label"] == VAL]] = True
         labelled[root[block][rows["label"] != UNLABELLED]] = True
     is_val |= below & ~labelled
@@ -416,7 +419,7 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
         elif ours.any():
             val = of_cluster(is_val, root) & kept[phase]
             if not val.any() or (val == kept[phase]).all():  # the hash has put all on one side
-                is_val[root[smallest_hash(spool, ours)]] ^= True
+                is_val[root[smallest_side(spool, ours)]] ^= True
     side = np.where(of_cluster(is_val, root), np.uint8(TAIL), np.uint8(HEAD))
     side[list(cut)] = HEAD | TAIL
     for doc in cut:  # in place of its copies, which may be longer: their training part could hold its validation part
@@ -435,15 +438,20 @@ def cut_last_tenth(spool: Spool, docs: np.ndarray) -> dict[int, float]:
     rows = np.concatenate([rows[docs[first : first + len(rows)]] for first, rows in spool.rows(0, spool.n)])
     ends = np.cumsum(rows["n_chars"], dtype=np.int64)
     shares = np.clip((int(0.9 * int(ends[-1])) - ends + rows["n_chars"]) / rows["n_chars"], 0.0, 1.0)
-    shares[rows["chat"] > 0] = np.floor(shares[rows["chat"] > 0])
+    chat = rows["chat"] > 0
+    shares[chat] = np.floor(shares[chat])
+    shares[chat & np.isin(rows["side"], rows["side"][chat & (shares == 0)])] = 0  # the other answers to those questions
     return dict(zip(np.flatnonzero(docs).tolist(), shares.tolist()))
 
 
-def smallest_hash(spool: Spool, docs: np.ndarray) -> int:
-    best = (2**64, -1)
+def smallest_side(spool: Spool, docs: np.ndarray) -> list[int]:
+    """Of the documents where docs is true those with the smallest `side`: one, or all answers to one question."""
+    best, found = 2**64, []
     for first, rows in spool.rows(0, spool.n):
         candidates = np.flatnonzero(docs[first : first + len(rows)])
-        if len(candidates):
-            doc = candidates[np.argmin(rows["hash"][candidates])]
-            best = min(best, (int(rows["hash"][doc]), first + int(doc)))
-    return best[1]
+        sides = rows["side"][candidates]
+        if len(sides) and int(sides.min()) <= best:
+            found = [] if int(sides.min()) < best else found
+            best = int(sides.min())
+            found += (first + candidates[sides == best]).tolist()
+    return found

@@ -14,8 +14,16 @@ from prepare import ArgumentParser, InputError, run
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl as train.py writes it; a last line that a kill cut short is left out."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    """The lines of a log.jsonl as train.py writes it; a last line that a kill cut short is left out. InputError for any other."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        if line.endswith(b"}"):
+            try:
+                lines.append(json.loads(line))
+                lines[-1]["phase"], lines[-1]["step"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{path}:{number} is no line of a log: remove it") from None
+    return lines
 
 
 def trim_log(path: Path, phase: int, step: int):

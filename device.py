@@ -33,7 +33,7 @@ def choose_device(name: str | None) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on this one
         torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as problem:
+    except (RuntimeError, AssertionError, AttributeError) as problem:
         why = str(problem).splitlines()[0].split(". ")[0]
         raise InputError(f"--device={name} cannot be used here ({why}): leave it out to take what is there") from problem
     return device
@@ -132,6 +132,15 @@ class Device:
         name += f" ({torch.get_num_threads()} threads)" if self.torch.type == "cpu" else ""
         precision = "bf16 matrix products over fp32 weights" if self.dtype == torch.bfloat16 else "fp32"
         return f"{self.ranks} x {name}, {precision}"
+
+    def say(self, *text, **options):
+        """print() of the first rank. When nobody reads any more (`| head`) it is as if Ctrl-C had been pressed."""
+        if self.rank == 0:
+            try:
+                print(*text, **options)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                signal.raise_signal(signal.SIGINT)
 
     def autocast(self):
         return torch.autocast(self.torch.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()

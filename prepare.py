@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -50,6 +51,7 @@ SEGMENT, BATCH = 1 << 14, 1 << 18  # characters the tokenizer learns from as one
 WORD = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 # Places where WORD always ends a match, so that a text may be encoded in parts: a line end, a space between two letters.
 BOUNDARY = re.compile(r"\n(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
+ENDLESS = re.compile(r"\S{1024}")  # no word of any text, but it would take the tokenizer's training the square of its length
 
 
 # ---- errors and options, for all scripts ----
@@ -65,6 +67,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run(main: Callable):
     """main(), with the errors a user can mend as one line on stderr: exit code 2, or 130 after Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         main()
@@ -143,7 +148,8 @@ def sample_texts(texts: Iterable[str], n_bytes: int, vocab_size: int) -> Iterato
         if credit > 0:
             text = text[: max(SEGMENT, int(credit))] if ratio < 1 else text
             credit -= len(text)
-            yield from segments(SPECIAL.sub("\n", text))  # chat markup is not for merging
+            text = SPECIAL.sub("\n", text)  # chat markup is not for merging
+            yield from segments(ENDLESS.sub("\\g<0>\n", text))
 
 
 class Encoder:
@@ -395,8 +401,9 @@ def print_phases(phases: dict):
         print(f"{phase:5}  {split:5} {n['documents']:11,} {n['bytes'] / 1e6:9.2f} {n['tokens']:11,} {n['bytes'] / n['tokens']:12.3f}")
     for phase, split, n in rows:
         if n["tokens"] <= WINDOWS[int(phase)]:
+            remedy = "prepare more text, raise --val_fraction," if split == "val" else "prepare more text"
             print(f"warning: phase {phase} {split} has {n['tokens']} tokens, a window of phase {phase} needs {WINDOWS[int(phase)] + 1}: "
-                  "prepare more text or lower --seq_len in training")
+                  f"{remedy} or lower --seq_len in training")
 
 
 def write_problems(folder: Path):
@@ -448,7 +455,7 @@ def main(argv: list[str] | None = None):
 
         publish.push_data(out, args.push)
         print(f"published as {args.push}")
-    print(f"next: python train.py{'' if out == Path('data/builtin') else f' --data={out}'}")
+    print(f"next: python train.py{'' if out == Path('data/builtin') else f' --data={shlex.quote(str(out))}'}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ that is foreign, cut short or of another tokenizer. meta.json beside them says w
 """
 
 import hashlib
+import itertools
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +83,13 @@ def load_meta(folder) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         meta = None
-    if not isinstance(meta, dict) or not {"fingerprint", "vocab_size", "phases"} <= meta.keys():
+    try:
+        whole = {"fingerprint", "vocab_size"} <= meta.keys()
+        for n, split in itertools.product("123", ("train", "val")):
+            whole = whole and all(isinstance(name, str) for name in meta["phases"][n][split]["shards"])
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
         raise InputError(f"{path} is not a meta.json of prepare.py: make the data again with --out={folder}")
     return meta
 
@@ -89,6 +97,46 @@ def load_meta(folder) -> dict:
 def shard_paths(folder, phase: int, split: str) -> list[Path]:
     """The shards of a phase (1, 2, 3) and split ("train", "val") in order, as meta.json lists them."""
     return [Path(folder) / name for name in load_meta(folder)["phases"][str(phase)][split]["shards"]]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n_windows: int, seq_len: int, seed: int, phase: int, epoch: int) -> tuple[np.ndarray, int]:
+    """The order of the windows in one pass over the data, and by how many tokens their grid moves, so that no cut stays."""
+    rng = np.random.default_rng((seed, phase, epoch))
+    return rng.permutation(n_windows), int(rng.integers(seq_len))
+
+
+class Windows:
+    """The token shards of one phase and split, cut into windows of seq_len + 1 tokens."""
+
+    def __init__(self, folder: Path, phase: int, split: str, seq_len: int, vocab_size: int, fingerprint: int):
+        paths = shard_paths(folder, phase, split)
+        self.seq_len = seq_len
+        self.shards = [read_shard(path, vocab_size, fingerprint)[1] for path in paths]
+        self.counts = [(len(shard) - 1) // seq_len for shard in self.shards]
+        self.n_tokens, self.n_windows = sum(map(len, self.shards)), sum(self.counts)
+        if self.n_windows < 1:
+            longest = max(zip(map(len, self.shards), paths), default=(0, f"{folder}/phase{phase}_{split}_*.bin"))
+            raise InputError(
+                f"{longest[1]} holds {longest[0]:,} tokens, a window of phase {phase} needs {seq_len + 1:,}:"
+                f" prepare more text{', raise its --val_fraction' * (split == 'val')} or lower --seq_len"
+            )
+        self.firsts = np.cumsum([0, *self.counts])  # number of the first window of each shard
+
+    def read(self, window: int, offset: int = 0) -> np.ndarray:
+        """The seq_len + 1 tokens of a window, the grid of windows being moved by `offset` tokens."""
+        s = int(np.searchsorted(self.firsts, window, side="right")) - 1
+        start = offset + int(window - self.firsts[s]) * self.seq_len
+        start = min(start, len(self.shards[s]) - self.seq_len - 1)
+        return self.shards[s][start : start + self.seq_len + 1]
+
+    def batch(self, seed: int, phase: int, first: int, count: int) -> np.ndarray:
+        """Training examples first to first + count of the endless sequence that (seed, phase) determine: [count, seq_len + 1]"""
+        rows = []
+        for n in range(first, first + count):
+            order, offset = epoch_order(self.n_windows, self.seq_len, seed, phase, n // self.n_windows)
+            rows.append(self.read(order[n % self.n_windows], offset))
+        return np.stack(rows).astype(np.int64)
 
 
 class ShardWriter:

@@ -75,10 +75,13 @@ def source_files(name: str) -> list[tuple[str, Callable[[], BinaryIO]]]:
 
 def data_folder(names: list[str]) -> Path:
     """data/<stem of the first source that is not the built-in corpus>, where its data goes."""
-    name = next((name for name in names if name != "builtin"), "builtin")
+    source = next((name for name in names if name != "builtin"), "builtin")
+    name = source
     name = name.rstrip("/").rpartition("/")[2] if name.startswith("hf://") else Path(name).resolve().name
     for suffix in FILE_TYPES:
         name = name.removesuffix(suffix)
+    if name == "builtin" != source:
+        raise InputError(f"{source} would go to data/builtin, where the built-in corpus has its place: name another folder with --out")
     return Path("data") / name
 
 

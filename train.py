@@ -16,9 +16,9 @@ import datetime
 import errno
 import json
 import math
+import shlex
 import time
 from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from device import DTYPES, Device, StopNotice
 from model import PRESETS
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
+from shards import Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,46 +74,6 @@ def lr_at(step: int, steps: int, peak: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n_windows: int, seq_len: int, seed: int, phase: int, epoch: int) -> tuple[np.ndarray, int]:
-    """The order of the windows in one pass over the data, and by how many tokens their grid moves, so that no cut stays."""
-    rng = np.random.default_rng((seed, phase, epoch))
-    return rng.permutation(n_windows), int(rng.integers(seq_len))
-
-
-class Windows:
-    """The token shards of one phase and split, cut into windows of seq_len + 1 tokens."""
-
-    def __init__(self, folder: Path, phase: int, split: str, seq_len: int, vocab_size: int, fingerprint: int):
-        paths = prepare.shard_paths(folder, phase, split)
-        self.seq_len = seq_len
-        self.shards = [prepare.read_shard(path, vocab_size, fingerprint)[1] for path in paths]
-        self.counts = [(len(shard) - 1) // seq_len for shard in self.shards]
-        self.n_tokens, self.n_windows = sum(map(len, self.shards)), sum(self.counts)
-        if self.n_windows < 1:
-            longest = max(zip(map(len, self.shards), paths), default=(0, f"{folder}/phase{phase}_{split}_*.bin"))
-            raise InputError(
-                f"{longest[1]} holds {longest[0]:,} tokens, a window of phase {phase} needs {seq_len + 1:,}:"
-                " prepare more text or lower --seq_len"
-            )
-        self.firsts = np.cumsum([0, *self.counts])  # number of the first window of each shard
-
-    def read(self, window: int, offset: int = 0) -> np.ndarray:
-        """The seq_len + 1 tokens of a window, the grid of windows being moved by `offset` tokens."""
-        s = int(np.searchsorted(self.firsts, window, side="right")) - 1
-        start = offset + int(window - self.firsts[s]) * self.seq_len
-        start = min(start, len(self.shards[s]) - self.seq_len - 1)
-        return self.shards[s][start : start + self.seq_len + 1]
-
-    def batch(self, seed: int, phase: int, first: int, count: int) -> np.ndarray:
-        """Training examples first to first + count of the endless sequence that (seed, phase) determine: [count, seq_len + 1]"""
-        rows = []
-        for n in range(first, first + count):
-            order, offset = epoch_order(self.n_windows, self.seq_len, seed, phase, n // self.n_windows)
-            rows.append(self.read(order[n % self.n_windows], offset))
-        return np.stack(rows).astype(np.int64)
 
 
 @torch.no_grad()
@@ -170,6 +131,15 @@ def check_same(path: Path, theirs: dict, ours: dict):
         raise InputError(f"{path} was trained with other settings ({'; '.join(differ)}): {remedy}")
 
 
+def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str):
+    """Raise InputError when a phase cannot go on from a checkpoint with this network and these data."""
+    check_same(path, {"model": checkpoint["model"], **checkpoint["config"]}, {"model": args.model, **dataclasses.asdict(config)})
+    if checkpoint["tokenizer"] != tokenizer_json:
+        raise InputError(f"{path} was trained with another tokenizer than that of {args.data}: use its data or another --out")
+    if "optimizer" not in checkpoint and not args.init:
+        raise InputError(f"{path} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
+
+
 def start_wandb(args, config):
     try:
         import wandb
@@ -215,9 +185,10 @@ def parse_args(argv=None):
     for name, kind in sizes.items():
         parser.add_argument(f"--{name}", type=kind, help="size of the model")
     args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "grad_accum", "seq_len", "lr", "save_interval", "eval_interval", "log_interval", "eval_tokens"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name}={getattr(args, name)} must be positive and finite")
+    positive = ("steps", "batch_size", "grad_accum", "seq_len", "lr", "price")
+    for name in (*positive, "save_interval", "eval_interval", "log_interval", "eval_tokens"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < 2**31:
+            raise InputError(f"--{name}={getattr(args, name)} must be positive and below 2**31")
     if not 0 <= args.seed < 2**63 or not 0 <= args.weight_decay < math.inf:
         raise InputError(f"--seed={args.seed} and --weight_decay={args.weight_decay} must be 0 or more, below 2**63 and finite")
     if args.rate_penalty and args.model != "pulse" or not 0 <= (args.rate_penalty or 0) < math.inf:
@@ -250,7 +221,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         with Device(args.device, args.dtype) as device:
-            train(args, device, print if device.rank == 0 else lambda *_, **__: None)
+            train(args, device, device.say)
     except RuntimeError as problem:
         if cause := getattr(problem, "inner_exception", None):  # BackendCompilerFailed, whose module takes seconds to import
             why = str(cause).splitlines()[0]
@@ -273,9 +244,9 @@ def train(args, device: Device, say):
             prepare.main([])
         device.barrier()
     meta = prepare.load_meta(args.data)
-    tokenizer_json = (args.data / "tokenizer.json").read_text(encoding="utf-8")
-    fingerprint = prepare.tokenizer_fingerprint(tokenizer_json)
     try:
+        tokenizer_json = (args.data / "tokenizer.json").read_text(encoding="utf-8")
+        fingerprint = prepare.tokenizer_fingerprint(tokenizer_json)
         token_bytes = prepare.token_bytes(Tokenizer.from_str(tokenizer_json))
     except Exception as problem:  # the only type that the tokenizers library raises
         raise InputError(f"{args.data}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
@@ -301,8 +272,13 @@ def train(args, device: Device, say):
 
     # Files of the run.
     tracker = start_wandb(args, config) if args.wandb and device.rank == 0 else None
+    if (args.out / "meta.json").exists():
+        raise InputError(f"--out={args.out} holds data of prepare.py: name another folder for the run")
     args.out.mkdir(parents=True, exist_ok=True)
     log, last = args.out / "log.jsonl", args.out / "last.pt"
+    before = args.out / f"phase{min(plan) - 1}.pt"
+    if args.fresh and before.exists() and not args.init:
+        check_start(before, load_checkpoint(before), args, config, tokenizer_json)
     if args.fresh and device.rank == 0:
         try:
             begun = load_checkpoint(last)["phase"]
@@ -367,11 +343,9 @@ def train(args, device: Device, say):
             raise InputError(f"--init={args.init} is for a run's first weights, and {origin} is there: name another --out or leave it out")
         if origin := find_checkpoint(args.init) if first else origin:
             checkpoint = load_checkpoint(origin)
-            check_same(origin, checkpoint["settings"], settings if same_phase else {k: settings[k] for k in ("model", *vars(config))})
-            if checkpoint["tokenizer"] != tokenizer_json:
-                raise InputError(f"{origin} was trained with another tokenizer than that of {args.data}: use its data or another --out")
-            if "optimizer" not in checkpoint and not first:
-                raise InputError(f"{origin} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
+            if same_phase:
+                check_same(origin, checkpoint["settings"], settings)
+            check_start(origin, checkpoint, args, config, tokenizer_json)
             load_weights(model, checkpoint, origin)
             if not first:
                 for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
@@ -493,7 +467,7 @@ def train(args, device: Device, say):
         say(f"phase {phase} took {time.perf_counter() - began:.0f} s, evaluation included; weights in {final}")
     if tracker:
         tracker.finish()
-    say(f"\nnext: python sample.py --ckpt={args.out}")
+    say(f"\nnext: python sample.py --ckpt={shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,14 @@ def test_a_tokenizer_that_is_there_is_taken_over(tmp_path, capsys):
     assert not Path("third").exists()
 
 
+def test_a_word_without_end_costs_no_more_than_others(tokenizer):
+    """Learning from it would take the square of its length: these 200,000 letters over three minutes."""
+    rng = random.Random(31)
+    text = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(200_000))
+    parts = list(prepare.sample_texts([text], len(text), 300))
+    assert "".join(parts).replace("\n", "") == text and max(len(part) for word in parts for part in word.split()) <= 1024
+
+
 def test_text_in_segments_gives_the_same_tokens(tokenizer, monkeypatch):
     rng = random.Random(2)
     for segment in (1, 7, 50):
@@ -326,6 +334,7 @@ def bad_inputs(folder):
     (folder / "mine").mkdir()
     (folder / "mine/notes.txt").write_text("do not delete")
     for name, data in {"empty.txt": b"", "blank.txt": b" \n\n", "x.docx": b"PK", "latin.txt": b"caf\xe9 au lait", "text.txt": b"some text",
+                       "builtin.txt": b"some text",
                        "utf16.txt": "some text".encode("utf-16"),
                        "cut.jsonl": b'{"text": "one"}\n{"text": "tw', "list.jsonl": b"[1]\n", "fields.jsonl": b'{"body": "a", "n": 1}\n',
                        "number.jsonl": b'{"text": 5}\n', "names.jsonl": b'{"two\\nlines": 5}\n',
@@ -362,6 +371,7 @@ def bad_inputs(folder):
     ("text.txt --out=text.txt", "text.txt holds text.txt, which prepare.py did not make"),
     ("text.txt --out=text.txt/deeper", "text.txt: File exists"),
     ("text.txt --out=.", "--out=. names no folder of its own"),
+    ("builtin.txt", "builtin.txt would go to data/builtin, where the built-in corpus has its place: name another folder with --out"),
     ("text.txt --val=builtin", "--val=builtin: the built-in corpus brings its own validation text"),
     ("text.txt --vocab=300", "unrecognized arguments: --vocab=300 (python prepare.py --help lists the options)"),
     ("text.txt --vocab_size=big", "argument --vocab_size: invalid int value: 'big'"),

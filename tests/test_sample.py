@@ -80,6 +80,13 @@ def test_eight_bit_weights_write_text(ckpt):
     assert code == 0 and out.startswith("the cat") and "[8 tokens, " in err
 
 
+def test_streams_that_are_closed(finished):
+    for closing in ("<&-", ">&-", "2>&-"):
+        command = f"'{sys.executable}' sample.py --ckpt='{finished}' --max_new_tokens=3 --chat --device=cpu {closing}"
+        done = subprocess.run(command, shell=True, cwd=ROOT, input="Hi\n", capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (closing, done.stderr)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

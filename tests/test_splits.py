@@ -42,6 +42,15 @@ def test_chats_are_not_cut(tmp_path):
     assert all(text.startswith("<|im_start|>") and text.endswith("<|im_end|>\n") for text in train + val)
 
 
+@pytest.mark.parametrize("questions, fraction", [(300, 0.1), (8, 0.02), (2, 0.5)])
+def test_answers_to_one_question_are_on_one_side(tmp_path, questions, fraction):
+    lines = [{"question": f"What is {q} + 1?", "answer": f"Way {a}.\n#### {q + 1}"} for a in range(4) for q in range(questions)]
+    write_jsonl(tmp_path / "samples.jsonl", lines)
+    make("samples.jsonl", f"--val_fraction={fraction}", out="out")
+    train, val = ({text.partition("<|im_end|>")[0] for text in documents("out", 1, split)} for split in ("train", "val"))
+    assert train and val and not train & val and len(train | val) == questions
+
+
 def test_split_by_hash_is_stable_and_never_empty(tmp_path):
     rng = random.Random(23)
     texts = [prose(rng, 30) for _ in range(600)]

@@ -21,7 +21,8 @@ import prepare
 import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
 from prepare import InputError
-from train import FINAL_LR, Windows, check_same, epoch_order, lr_at
+from shards import Windows, epoch_order
+from train import FINAL_LR, check_same, lr_at
 
 
 def log_of(out):
@@ -392,9 +393,55 @@ def test_a_full_disk_ends_a_run_in_one_line(data, tmp_path):
     assert "free some space" in done.stderr and [f.name for f in tmp_path.iterdir()] == ["log.jsonl"]
 
 
+def test_fresh_removes_nothing_when_the_phase_cannot_start(finished, data, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "run").iterdir()}
+    command = ["train.py", f"--data={data}", f"--out={tmp_path / 'run'}", "--phase=3", "--fresh", *SHORT]
+    fails(*command, "--n_layer=1", match="phase2.pt was trained with other settings (n_layer is 2 there, 1 here)")
+    shutil.copytree(data, tmp_path / "other")
+    tokenizer = (data / "tokenizer.json").read_text() + " "
+    meta = json.loads((data / "meta.json").read_text())
+    (tmp_path / "other/tokenizer.json").write_text(tokenizer)
+    for name in {name for parts in meta["phases"].values() for split in parts.values() for name in split["shards"]}:
+        header, tokens = prepare.read_shard(data / name)
+        (tmp_path / "other" / name).unlink()
+        print_of = prepare.tokenizer_fingerprint(tokenizer)
+        prepare.write_shard(tmp_path / "other" / name, tokens, header["vocab_size"], header["n_bytes"], print_of)
+    fails(command[0], f"--data={tmp_path / 'other'}", *command[2:], match="phase2.pt was trained with another tokenizer than that of")
+    assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_reader_who_leaves_stops_a_run_as_ctrl_c_does(data, tmp_path):
+    command = [sys.executable, ROOT / "train.py", f"--data={data}", f"--out={tmp_path}", "--phase=1", "--steps=4000", *SHORT]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("phase 1 step"):
+            break
+    process.stdout.close()
+    assert process.wait(120) == 130 and not process.stderr.read()
+    assert 0 < load_checkpoint(tmp_path / "last.pt")["step"] < 4000
+
+
+def test_a_damaged_log_or_data_folder_is_one_line(finished, data, tmp_path):
+    fails("train.py", f"--data={data}", f"--out={data}", *SHORT, match="holds data of prepare.py: name another folder for the run")
+    for line in ("garbage}", "{}", "\udcff}"):
+        (tmp_path / "log.jsonl").write_text('{"phase": 1, "step": 5}\n' + line + "\n", errors="surrogateescape")
+        fails("curves.py", tmp_path, match="log.jsonl:2 is no line of a log: remove it")
+    shutil.copytree(data, tmp_path / "data")
+    for meta in ('{"fingerprint": "x", "vocab_size": 9, "phases": []}', '{"fingerprint": "x", "vocab_size": 9, "phases": {"2": {}}}', "[]"):
+        (tmp_path / "data/meta.json").write_text(meta)
+        fails("train.py", f"--data={tmp_path / 'data'}", match="meta.json is not a meta.json of prepare.py: make the data again")
+    shutil.copy(data / "meta.json", tmp_path / "data")
+    (tmp_path / "data/tokenizer.json").write_bytes(b"\xff")
+    fails("train.py", f"--data={tmp_path / 'data'}", match="tokenizer.json is not a tokenizer")
+
+
 @pytest.mark.parametrize(
     "options, match",
     [
+        (["--price=-4"], "--price=-4.0 must be positive and below 2**31"),
+        (["--steps=99999999999999999999"], "must be positive and below 2**31"),
+        pytest.param(["--device=cuda"], "cuda cannot be used here", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
         (["--n_head=3"], "n_head=3 is not divisible by n_kv_head=2"),
         (["--head_dim=15"], "head_dim=15 is odd"),
         (["--seq_len=1000000"], "a window of phase 1 needs 1,000,001"),
