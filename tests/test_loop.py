@@ -85,7 +85,7 @@ def test_gradients_are_those_of_the_whole_batch_and_are_clipped(run, monkeypatch
 def test_speed_mfu_and_price_are_of_this_run(run, capsys, tmp_path):
     lines = [x for x in run("--phase=1", "--steps=4", "--price=3.6e6") if "loss" in x]  # 1,000 dollars a second
     dollars = [float(number) for number in re.findall(r"\$(\d+\.\d\d)", capsys.readouterr().out)]
-    assert len(dollars) == 4 and all(0.99 < cost / (1000 * x["seconds"]) < 20 for cost, x in zip(dollars, lines))  # what lies between steps
+    assert len(dollars) == 4 and all(0 <= cost - 1000 * x["seconds"] + 1 < 20_000 * x["seconds"] for cost, x in zip(dollars, lines))
     config = flow.FlowConfig(**load_checkpoint(tmp_path / "run/phase1.pt")["config"])
     for line in lines:
         assert line["mfu"] == pytest.approx(config.flops_per_token(32) * line["tokens_per_s"] / 1e12, rel=0.01, abs=1e-4)
