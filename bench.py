@@ -366,6 +366,8 @@ def main(argv=None):
         raise InputError(f"--text={args.text} does not exist: name a text file")
     if args.json and not args.json.parent.is_dir():
         raise InputError(f"--json={args.json}: there is no folder {args.json.parent}: make it first")
+    if args.json and args.json.is_dir():
+        raise InputError(f"--json={args.json} is a folder: name a file")
     torch.manual_seed(0)
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None

@@ -55,6 +55,7 @@ def test_every_row(tmp_path):
         (["--repeats=0"], "--repeats=0 must be at least 1"),
         (["--text=nowhere.txt"], "--text=nowhere.txt does not exist: name a text file"),
         (["--json=nowhere/out.json"], "--json=nowhere/out.json: there is no folder nowhere: make it first"),
+        (["--json=docs", "startup"], "--json=docs is a folder: name a file"),
         (["muon_training"], "muon_training: needs --text=FILE, such as tinyshakespeare.txt"),
     ],
 )
