@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from torch import Tensor
 import publish
 from checkpoint import MODELS, find_checkpoint, load_model
 from coreml_models import MAX_DIM, PREFILL, FlowOnDevice, PulseOnDevice, ranges
+from huggingface import read_json
 from prepare import ArgumentParser, InputError, run
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +46,11 @@ COMPRESSIONS = {
     "int4": {"dtype": "int4", "granularity": "per_block", "block_size": 32},  # the recipe of Apple's on-device Llama 3.1
 }
 MIN_CONTEXT = 128  # a prompt of a chunk and the 64 tokens that verification generates have to fit
+# What the folders hold, and what --overwrite may therefore delete; macOS adds the last by itself.
+OURS = re.compile(
+    r"(Flow|Pulse)(-\d+of\d+)?\.mlpackage|embeddings\.bin|example\.swift|predict\.py|report\.json"
+    r"|(config|generation_config|tokenizer|tokenizer_config)\.json|model\.safetensors|README\.md|\.DS_Store"
+)
 DESCRIPTIONS = {
     "x": "rows of embeddings.bin for the tokens, or `hidden` of the package before",
     "token": "rows of embeddings.bin for the tokens, once more",
@@ -243,7 +250,9 @@ def add_metadata(path: Path, contract: dict, tokenizer_json: str) -> None:
         f"{contract['kind'].capitalize()}, a small language model with {contract['parameters']:,} parameters, for one sequence. "
         f"prefill reads {contract['prefill']} tokens, decode one; both go on from the same states."
     )
-    meta.author, meta.license, meta.versionString = "SLMS", contract["license"], contract["version"]
+    meta.versionString = contract["version"]
+    if "license" in contract:
+        meta.author, meta.license = "SLMS", contract["license"]
     meta.userDefined["contract"], meta.userDefined["tokenizer"] = json.dumps(contract), tokenizer_json
     for function in spec.description.functions:
         for feature in [*function.input, *function.output, *function.state]:
@@ -262,6 +271,8 @@ def check_sizes(args, model) -> int | None:
         if args.context is not None:
             raise InputError(f"--context={args.context} is for Flow: Pulse reads any number of tokens with the same state")
         return None
+    if config.max_seq_len < MIN_CONTEXT:
+        raise InputError(f"the model's max_seq_len is {config.max_seq_len}: {MIN_CONTEXT} is the least that can be verified, use --to=hf")
     context = config.max_seq_len if args.context is None else args.context
     limit = min(MAX_DIM, config.max_seq_len)
     if not MIN_CONTEXT <= context <= limit:
@@ -291,11 +302,13 @@ def to_coreml(args, model, tokenizer, checkpoint, folder: Path) -> None:
         nets.append(make)
     shutil.rmtree(work)
     contract = {
-        "kind": args.kind, "version": "1", "license": "MIT", "parameters": model.config.num_params(), "model": asdict(model.config),
+        "made_by": "SLMS", "kind": args.kind, "version": "1", "parameters": model.config.num_params(), "model": asdict(model.config),
         "target": args.target, "compress": args.compress, "stateful": not args.no_state, "context": context,
         "prefill": PREFILL[args.kind], "embeddings": [model.config.vocab_size, model.config.d_model],
         "stop_ids": [tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>")], "packages": packages,
     }  # fmt: skip
+    if checkpoint["phase"]:  # a model that was imported has its own licence and author
+        contract["license"] = "MIT"
     for package in packages:
         add_metadata(folder / package["file"], contract, checkpoint["tokenizer"])
     table = model.input_table() if args.kind == "pulse" else model.token_embedding.weight
@@ -312,39 +325,64 @@ def to_coreml(args, model, tokenizer, checkpoint, folder: Path) -> None:
 # ---- the main job ----
 
 
+def refuse_foreign(out: Path) -> None:
+    """Raises InputError for a folder that is not, file by file, what this script writes: --overwrite deletes it."""
+    try:
+        config = read_json(out / "config.json")
+    except (OSError, ValueError):
+        config = {}
+    # transformers copies fields it does not know when it saves a model that it has trained further, and adds its version.
+    if config.get("made_by") != "SLMS" or "transformers_version" in config:
+        raise InputError(f"{out} was not made by convert.py (its config.json does not say so): choose another --out or remove it yourself")
+    foreign = [p.name for p in sorted(out.iterdir()) if not OURS.fullmatch(p.name) or p.is_dir() != (p.suffix == ".mlpackage")]
+    if foreign:
+        raise InputError(f"{out} holds {foreign[0]}, which was not made by convert.py: choose another --out or move it away")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside `out` to build in, which becomes `out` if all goes well; nothing is left if not."""
+    """An empty folder beside `out` to build in, which becomes `out` if all goes well; if not, `out` stays what it was."""
+    new, old = (out.parent / f".{out.name}.{kind}" for kind in ("partial", "old"))
+
+    def tidy():
+        if old.exists() and not out.exists():  # stopped between the two renames below
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+
+    tidy()  # what a killed run left
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists: add --overwrite to replace it, or choose another --out")
-    if out.exists() and not (out / "config.json").is_file():
-        raise InputError(f"{out} was not made by convert.py: choose another --out")
+    if out.exists():
+        refuse_foreign(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.parent / f".{out.name}.partial"
-    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
     new.mkdir()
     try:
         yield new
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         new.rename(out)
     except (OSError, RuntimeError) as error:  # a RuntimeError is how coremltools' C++ reports a write that failed
         if shutil.disk_usage(out.parent).free < 1e6:
             raise InputError(f"{out.parent} is full: free some space or choose another --out") from error
         raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        tidy()
 
 
 def main(argv=None):
     args = parse_args(argv)
     path = find_checkpoint(args.ckpt, args.model)
     model, tokenizer, checkpoint = load_model(path, model=args.model)
+    if missing := [t for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if tokenizer.token_to_id(t) is None]:
+        raise InputError(f"{path}: its tokenizer has no {missing[0]}, with which texts and turns begin and end: use a model that has it")
     args.kind = checkpoint["model"]
     print(f"{path}: {args.kind}, {model.config.num_params():,} parameters, phase {checkpoint['phase']}", file=sys.stderr)
     home = path if path.is_dir() else path.parent
     home = home.resolve() if home.name in ("", "..") else home
-    out = args.out or home.with_name(f"{home.name}-{args.to}")
+    out = (args.out or home.with_name(f"{home.name}-{args.to}")).resolve()  # behind a link, and with a name even if it is "."
+    if out == home.resolve():
+        raise InputError(f"--out={out} is where --ckpt lies: choose another folder")
     with new_folder(out, args.overwrite) as folder:
         if args.to == "hf":
             publish.write_folder(folder, model, checkpoint, home)

@@ -8,6 +8,7 @@ safetensors and config.json, which nothing but this project reads.
 """
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def qwen3_config(config: FlowConfig, ends: list[int], start: int, pad: int) -> d
     layers = range(config.n_layer)
     slides = [not config.is_global(i) for i in layers]
     return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32", "torch_dtype": "float32",
+        "made_by": "SLMS", "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "float32", "torch_dtype": "float32",
         "vocab_size": config.vocab_size, "hidden_size": config.d_model, "intermediate_size": config.d_ff,
         "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head,
         "head_dim": config.head_dim, "hidden_act": "silu", "rms_norm_eps": config.norm_eps, "attention_bias": False,
@@ -46,21 +47,27 @@ def qwen3_config(config: FlowConfig, ends: list[int], start: int, pad: int) -> d
     }  # fmt: skip
 
 
-def card(model: nn.Module, kind: str, figures: list[dict]) -> str:
-    """README.md of the folder: what the model is, how it did on validation text, how to run it."""
-    lines = ["---", "license: mit", "pipeline_tag: text-generation"]
+def card(model: nn.Module, kind: str, figures: list[dict], imported: bool) -> str:
+    """README.md of the folder: what the model is, how it did on validation text, how to run it. What an imported model was trained
+    with, and its licence, are not known here."""
+    trained = "" if imported else ", trained with SLMS"
+    lines = ["---", *([] if imported else ["license: mit"]), "pipeline_tag: text-generation"]
     lines += ["library_name: transformers"] if kind == "flow" else []
     lines += ["---", "", f"# {kind.capitalize()}, {model.config.num_params():,} parameters", ""]
     if kind == "flow":
-        lines += ["A transformer of the Qwen3 type with sliding windows in most layers, trained with SLMS.", "", "```python"]
+        n, start = model.config.n_layer, "" if imported else "<|endoftext|>"
+        sliding = sum(not model.config.is_global(i) for i in range(n))
+        windows = f" with sliding windows in {sliding} of {n} layers" if sliding else ""
+        lines += [f"A transformer of the Qwen3 type{windows}{trained}.", "", "```python"]
         lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
         lines += ["model = AutoModelForCausalLM.from_pretrained(FOLDER)", "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
-        lines += ['ids = tokenizer("<|endoftext|>The function", return_tensors="pt")']
+        lines += [f'ids = tokenizer("{start}The function", return_tensors="pt")']
         lines += ["print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))", "```"]
     else:
-        lines += ["A spiking neural network, trained with SLMS, which is needed to run it:", "", "```python"]
+        lines += [f"A spiking neural network{trained}. SLMS is needed to run it:", "", "```python"]
         lines += ["from publish import read_folder", "", "model, tokenizer = read_folder(FOLDER)", "```"]
-    lines += ["", "Every document begins with `<|endoftext|>`, and so should a prompt; the chat template does it by itself."]
+    if not imported:
+        lines += ["", "Every document begins with `<|endoftext|>`, and so should a prompt; the chat template does it by itself."]
     if figures:
         lines += ["", "| phase | steps | tokens | validation loss (nats per token) | bits per byte |", "| --- | --- | --- | --- | --- |"]
         lines += [f"| {f['phase']} | {f['step']:,} | {f['tokens']:,} | {f['val_loss']:.3f} | {f['val_bpb']:.3f} |" for f in figures]
@@ -82,7 +89,8 @@ def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) ->
 
     kind, tokenizer = checkpoint["model"], Tokenizer.from_str(checkpoint["tokenizer"])
     start, _, turn_end, pad = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"))
-    ends = [start, turn_end]
+    ends, pad_token = [start, turn_end], "<|endoftext|>" if pad is None else "<|pad|>"
+    pad = start if pad is None else pad  # an imported tokenizer without <|pad|>: transformers would add one beyond the embedding
 
     def write(name: str, content: dict) -> None:
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -96,20 +104,21 @@ def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) ->
         sampling = {"do_sample": False, "bos_token_id": start, "eos_token_id": ends, "pad_token_id": pad}
         write("generation_config.json", sampling)
     else:
-        write("config.json", {"model_type": "pulse", **asdict(model.config)})
+        write("config.json", {"made_by": "SLMS", "model_type": "pulse", **asdict(model.config)})
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody but the owner read
     (folder / "tokenizer.json").write_text(checkpoint["tokenizer"], encoding="utf-8")
     write(
         "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
-            "pad_token": "<|pad|>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "add_bos_token": False,
+            "pad_token": pad_token, "additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "add_bos_token": False,
             "clean_up_tokenization_spaces": False, "model_max_length": getattr(model.config, "max_seq_len", 1_000_000),
             "chat_template": CHAT_TEMPLATE,
         },
     )  # fmt: skip
     figures = measured(run / "log.jsonl", checkpoint["phase"], checkpoint["step"])
-    (folder / "README.md").write_text(card(model, kind, figures), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, kind, figures, imported=not checkpoint["phase"]), encoding="utf-8")
 
 
 def read_folder(folder: str | Path):
@@ -120,7 +129,7 @@ def read_folder(folder: str | Path):
     try:
         config = read_json(folder / "config.json")
         if config.get("model_type") == "pulse":
-            del config["model_type"]
+            config = {name: value for name, value in config.items() if name not in ("made_by", "model_type")}
             model = Pulse(PulseConfig(**config))
             if missing := vars(model.config).keys() - config.keys():  # they would be today's defaults
                 raise ValueError(f"its config.json, of another version, lacks {', '.join(sorted(missing))}")

@@ -1,0 +1,202 @@
+"""What convert.py replaces and what it leaves alone, what it makes of foreign folders and tokenizers, and what its verification refuses."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import convert
+import prepare
+from checkpoint import save_checkpoint
+from model import Flow, FlowConfig
+from prepare import InputError
+
+SIZES = dict(vocab_size=320, n_layer=2, n_head=2, n_kv_head=1, d_model=32, head_dim=16, d_ff=48, window=40, global_every=2)
+
+
+def write_run(folder, tokenizer_json, phase=1, **sizes):
+    """A run of a Flow at its random start, matrices enlarged so that they matter; its vocabulary has rows without a token."""
+    torch.manual_seed(0)
+    model = Flow(FlowConfig(**(SIZES | dict(max_seq_len=192) | sizes)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(6 if p.ndim == 2 else 1)
+    folder.mkdir()
+    content = {"model": "flow", "config": dataclasses.asdict(model.config), "weights": model.state_dict(), "phase": phase, "step": 7}
+    save_checkpoint(folder / "phase1.pt", content | {"tokenizer": tokenizer_json})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json():
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 4)) for _ in range(200)]
+    return prepare.train_tokenizer([" ".join(words[i] for i in rng.zipf(1.4, 5000) % 200)], 300).to_str()
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer_json, tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "flow", tokenizer_json)
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    """A Hugging Face folder of the run, to be copied."""
+    convert.main([f"--ckpt={run}", "--to=hf", f"--out={run.parent / 'exported'}"])
+    return run.parent / "exported"
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- replacing a folder ----
+
+
+@pytest.mark.parametrize("out", [".", "link"])
+def test_the_folder_that_one_stands_in_and_the_one_behind_a_link_are_replaced(run, exported, tmp_path, monkeypatch, out):
+    made = tmp_path / "made"
+    shutil.copytree(exported, made)
+    (made / "README.md").write_text("old")
+    (tmp_path / "link").symlink_to(made)
+    monkeypatch.chdir(made if out == "." else tmp_path)
+    convert.main([f"--ckpt={run}", "--to=hf", f"--out={out}", "--overwrite"])
+    monkeypatch.chdir(tmp_path)
+    assert contents(made) == contents(exported) and (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "made"]
+
+
+def test_what_cannot_be_moved_into_place_leaves_the_old_folder(run, exported, tmp_path, monkeypatch):
+    shutil.copytree(exported, tmp_path / "made")
+    (tmp_path / "made" / "README.md").write_text("old")
+    rename = convert.Path.rename
+
+    def refused(self, target):
+        if self.name == ".made.partial":
+            raise PermissionError(1, "Operation not permitted", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(convert.Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        convert.main([f"--ckpt={run}", "--to=hf", f"--out={tmp_path / 'made'}", "--overwrite"])
+    assert [p.name for p in tmp_path.iterdir()] == ["made"] and (tmp_path / "made" / "README.md").read_text() == "old"
+
+
+def test_what_a_killed_run_left_is_tidied_up(run, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / ".made.old")  # killed between the two renames
+    (tmp_path / ".made.old" / "README.md").write_text("old")
+    (tmp_path / ".made.partial").mkdir()
+    command = [f"--ckpt={run}", "--to=hf", f"--out={tmp_path / 'made'}"]
+    with pytest.raises(InputError, match="exists: add --overwrite"):
+        convert.main(command)
+    assert [p.name for p in tmp_path.iterdir()] == ["made"] and (tmp_path / "made" / "README.md").read_text() == "old"
+    shutil.copytree(exported, tmp_path / ".made.old")  # killed while the old one was deleted
+    convert.main([*command, "--overwrite"])
+    assert [p.name for p in tmp_path.iterdir()] == ["made"] and contents(tmp_path / "made") == contents(exported)
+
+
+def without_marker(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["made_by"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def trained_on_by_transformers(folder):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (without_marker, "was not made by convert.py"),
+        (trained_on_by_transformers, "was not made by convert.py"),
+        (lambda folder: (folder / "config.json").write_text("{"), "was not made by convert.py"),
+        (lambda folder: (folder / "notes.txt").write_text("mine"), "holds notes.txt, which was not made by convert.py"),
+        (lambda folder: (folder / "model.safetensors.bak").mkdir(), "holds model.safetensors.bak"),
+        (lambda folder: (folder / "predict.py").mkdir(), "holds predict.py"),
+    ],
+)
+def test_overwrite_deletes_only_what_convert_wrote(run, exported, tmp_path, change, match):
+    shutil.copytree(exported, tmp_path / "made")
+    change(tmp_path / "made")
+    before = contents(tmp_path / "made")
+    with pytest.raises(InputError, match=match):
+        convert.main([f"--ckpt={run}", "--to=hf", f"--out={tmp_path / 'made'}", "--overwrite"])
+    assert [p.name for p in tmp_path.iterdir()] == ["made"] and contents(tmp_path / "made") == before
+
+
+def test_the_folder_of_the_checkpoint_is_not_replaced(run, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "made")
+    for ckpt, out in ((tmp_path / "made", tmp_path / "made"), (run / "phase1.pt", run)):
+        with pytest.raises(InputError, match=f"--out={out} is where --ckpt lies"):
+            convert.main([f"--ckpt={ckpt}", "--to=hf", f"--out={out}", "--overwrite"])
+    assert contents(tmp_path / "made") == contents(exported)
+
+
+def test_everybody_may_read_the_weights_who_may_read_the_rest(exported):
+    assert len({os.stat(path).st_mode for path in exported.iterdir()}) == 1
+
+
+def test_a_context_too_short_to_verify(tokenizer_json, tmp_path):
+    short = write_run(tmp_path / "short", tokenizer_json, max_seq_len=64)
+    with pytest.raises(InputError, match="the model's max_seq_len is 64: 128 is the least that can be verified"):
+        convert.main([f"--ckpt={short}"])
+
+
+# ---- imported models ----
+
+
+def import_folder(exported, folder, tokenizer_json=None):
+    """A folder as from elsewhere: no marker, another tokenizer."""
+    shutil.copytree(exported, folder)
+    without_marker(folder)
+    if tokenizer_json:
+        (folder / "tokenizer.json").write_text(tokenizer_json)
+    return folder
+
+
+def test_a_tokenizer_without_pad_gets_no_token_beyond_the_embedding(exported, tokenizer_json, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = import_folder(exported, tmp_path / "theirs", tokenizer_json.replace("<|pad|>", "<|unused|>"))
+    convert.main([f"--ckpt={folder}", "--to=hf", f"--out={tmp_path / 'made'}"])
+    model, tokenizer = (auto.from_pretrained(tmp_path / "made") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    assert len(tokenizer) == 300 and tokenizer.pad_token_id == model.config.pad_token_id == 0
+    batch = tokenizer(["a", "a much longer text"], return_tensors="pt", padding=True)
+    assert model(**batch).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("target", ["coreml", "hf"])
+@pytest.mark.parametrize("token", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+def test_a_tokenizer_without_ends_is_refused(exported, tokenizer_json, tmp_path, target, token):
+    folder = import_folder(exported, tmp_path / "theirs", tokenizer_json.replace(token, "<|other|>"))
+    with pytest.raises(InputError, match=f"its tokenizer has no {token}".replace("|", r"\|")):
+        convert.main([f"--ckpt={folder}", f"--to={target}", f"--out={tmp_path / 'made'}"])
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_the_card_says_what_is_known(exported, tokenizer_json, tmp_path):
+    ours = (exported / "README.md").read_text()
+    assert "license: mit" in ours and "with sliding windows in 1 of 2 layers, trained with SLMS." in ours
+    folder = import_folder(exported, tmp_path / "theirs")
+    convert.main([f"--ckpt={folder}", "--to=hf", f"--out={tmp_path / 'made'}"])
+    theirs = (tmp_path / "made" / "README.md").read_text()
+    assert "windows in 1 of 2 layers." in theirs and not any(word in theirs for word in ("license", "trained with", "Every document"))
+    convert.main([f"--ckpt={write_run(tmp_path / 'all', tokenizer_json, global_every=1)}", "--to=hf"])
+    assert "the Qwen3 type, trained with SLMS." in (tmp_path / "all-hf" / "README.md").read_text()
+
+
+def test_packages_of_an_imported_model(exported, tmp_path):
+    """Its vocabulary has rows that are no token, as Qwen3's has; its licence is its own."""
+    folder = import_folder(exported, tmp_path / "theirs")
+    convert.main([f"--ckpt={folder}", f"--out={tmp_path / 'made'}"])
+    contract = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert contract["model"]["vocab_size"] == 320 and "license" not in contract and contract["stop_ids"] == [0, 2]
+    convert.main([f"--ckpt={folder}", f"--out={tmp_path / 'made'}", "--overwrite", "--to=hf"])  # one export in the place of another
+    assert (tmp_path / "made" / "model.safetensors").exists() and not (tmp_path / "made" / "Flow.mlpackage").exists()
