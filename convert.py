@@ -318,7 +318,7 @@ def to_coreml(args, model, tokenizer, checkpoint, folder: Path) -> None:
     shutil.copy(HERE / "predict.py", folder)
     shutil.copy(HERE / "docs" / "example.swift", folder)
     print(f"converted in {time.perf_counter() - start:.0f} s, verifying", file=sys.stderr)
-    report = coreml_verify.verify(folder, contract, model, nets, text)
+    report = coreml_verify.verify(folder, contract, model, nets, text, checkpoint["tokenizer"])
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

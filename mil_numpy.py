@@ -11,6 +11,7 @@ the type that the program declares for it, mostly fp16) shows what is lost on th
     outputs = decode({"x": row, ...}, state)                    # state is updated in place
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -51,16 +52,17 @@ class Package:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        data = self.path / "Data" / "com.apple.CoreML"
         self.spec = Model_pb2.Model()
         try:
-            self.spec.ParseFromString((data / "model.mlmodel").read_bytes())
+            manifest = json.loads((self.path / "Manifest.json").read_text(encoding="utf-8"))
+            model = self.path / "Data" / manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+            self.spec.ParseFromString(model.read_bytes())
         except Exception as problem:
             raise ValueError(f"{path} is not an .mlpackage that can be read ({type(problem).__name__}): convert again") from problem
         self.functions = self.spec.mlProgram.functions
         if not self.functions:
             raise ValueError(f"{path} holds no ML program: convert again")
-        weights = data / "weights" / "weight.bin"
+        weights = model.parent / "weights" / "weight.bin"
         self.blob = np.memmap(weights, np.uint8, "r") if weights.exists() else np.zeros(0, np.uint8)
         self.cache = {}  # weights as they are computed with, shared by the functions: prefill and decode have the same
 

@@ -8,14 +8,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from coremltools.proto import Model_pb2
 
 import convert
+import coreml_verify
 import prepare
-from checkpoint import save_checkpoint
+from checkpoint import load_model, save_checkpoint
+from coreml_models import FlowOnDevice
 from model import Flow, FlowConfig
 from prepare import InputError
 
-SIZES = dict(vocab_size=320, n_layer=2, n_head=2, n_kv_head=1, d_model=32, head_dim=16, d_ff=48, window=40, global_every=2)
+MODEL = "Data/com.apple.CoreML/model.mlmodel"
+SIZES = dict(vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, d_model=64, head_dim=16, d_ff=96, window=40, global_every=2)
 
 
 def write_run(folder, tokenizer_json, phase=1, **sizes):
@@ -200,3 +204,115 @@ def test_packages_of_an_imported_model(exported, tmp_path):
     assert contract["model"]["vocab_size"] == 320 and "license" not in contract and contract["stop_ids"] == [0, 2]
     convert.main([f"--ckpt={folder}", f"--out={tmp_path / 'made'}", "--overwrite", "--to=hf"])  # one export in the place of another
     assert (tmp_path / "made" / "model.safetensors").exists() and not (tmp_path / "made" / "Flow.mlpackage").exists()
+
+
+# ---- what the verification refuses ----
+
+
+@pytest.fixture(scope="module")
+def verified(tokenizer_json, tmp_path_factory):
+    """A run of which one matrix is all zero, as it may be at the start, and a folder with its packages."""
+    out = tmp_path_factory.mktemp("verified")
+    run = write_run(out / "flow", tokenizer_json)
+    checkpoint = torch.load(run / "phase1.pt", weights_only=True)
+    checkpoint["weights"]["layers.1.attn.o_proj.weight"].zero_()
+    save_checkpoint(run / "phase1.pt", checkpoint)
+    convert.main([f"--ckpt={run}", "--compress=int8", f"--out={out / 'made'}", "--context=128"])
+    return run, out / "made"
+
+
+@pytest.fixture
+def verify(verified, tmp_path):
+    """The verification of a copy that was changed: `change(spec, package, folder)` may edit the package's protobuf and its files."""
+    model, _, checkpoint = load_model(verified[0] / "phase1.pt")
+    text = np.random.default_rng(0).integers(4, 300, 128)
+
+    def make(Q, model=model):
+        return FlowOnDevice(model, "ane", Q, 128, 0, model.config.n_layer).eval()
+
+    def call(change):
+        folder = tmp_path / "made"
+        shutil.copytree(verified[1], folder)
+        contract = json.loads((folder / "config.json").read_text())
+        file, spec = folder / "Flow.mlpackage" / MODEL, Model_pb2.Model()
+        spec.ParseFromString(file.read_bytes())
+        change(spec, folder / "Flow.mlpackage", folder)
+        file.write_bytes(spec.SerializeToString())
+        return coreml_verify.verify(folder, contract, model, [make], text, checkpoint["tokenizer"])
+
+    return call
+
+
+def feature(kind, change):
+    return lambda spec, package, folder: [change(getattr(function, kind)[0]) for function in spec.description.functions]
+
+
+def without_a_state(spec, package, folder):
+    del spec.description.functions[0].state[0]
+
+
+def other_contract(spec, package, folder):
+    contract = json.loads((folder / "config.json").read_text())
+    contract["packages"][0]["functions"]["decode"]["x"][1] += 1
+    (folder / "config.json").write_text(json.dumps(contract))
+
+
+def other_tokenizer(spec, package, folder):
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace("<|pad|>", "<|none|>"))
+
+
+def manifest_of_another(spec, package, folder):
+    (package / "Manifest.json").write_text((package / "Manifest.json").read_text().replace("model.mlmodel", "other.mlmodel"))
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda spec, package, folder: (package / "Manifest.json").unlink(), "not an .mlpackage that can be read"),
+        (manifest_of_another, "not an .mlpackage that can be read"),
+        (lambda spec, package, folder: setattr(spec, "specificationVersion", 8), "the version is not what was verified"),
+        (lambda spec, package, folder: setattr(spec.description, "defaultFunctionName", "prefil"), "the default function"),
+        (lambda spec, package, folder: spec.description.ClearField("functions"), "the list of functions"),
+        (lambda spec, package, folder: spec.description.metadata.userDefined.clear(), "the metadata"),
+        (feature("input", lambda f: setattr(f.type.multiArrayType, "dataType", 65568)), "(decode|prefill)'s inputs"),
+        (feature("input", lambda f: f.type.multiArrayType.shape.append(1)), "(decode|prefill)'s inputs"),
+        (feature("input", lambda f: setattr(f, "name", "wrong")), "(decode|prefill)'s inputs"),
+        (feature("state", lambda f: f.type.stateType.arrayType.shape.append(1)), "(decode|prefill)'s states"),
+        (without_a_state, "(decode|prefill)'s states"),
+        (feature("output", lambda f: setattr(f, "name", "wrong")), "(decode|prefill)'s outputs"),
+        (other_contract, "config.json is not what was verified"),
+        (other_tokenizer, "tokenizer.json is not what was verified"),
+    ],
+)
+def test_an_interface_that_is_not_the_programs_is_refused(verify, change, match):
+    with pytest.raises((InputError, ValueError), match=match):
+        verify(change)
+
+
+def zeros_in(name):
+    """Zeroes the bytes of a compressed matrix, as a write that failed would."""
+
+    def change(spec, package, folder):
+        blob, done = np.memmap(package / "Data/com.apple.CoreML/weights/weight.bin", np.uint8, "r+"), 0
+        for function in spec.mlProgram.functions.values():
+            for op in next(iter(function.block_specializations.values())).operations:
+                if op.type.startswith("constexpr_") and name in op.outputs[0].name:
+                    offset = op.inputs["data"].arguments[0].value.blobFileValue.offset
+                    size, start = (int(n) for n in blob[offset + 8 : offset + 24].view("<u8"))
+                    blob[start : start + size] = 0
+                    done += 1
+        assert done == 2, "once in each function"
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["blocks_0_q_proj", "blocks_1_up_proj"])
+def test_a_ruined_matrix_is_refused_though_the_whole_may_still_do(verify, monkeypatch, name):
+    monkeypatch.setattr(coreml_verify, "RUINED_LIMIT", (99.0, 0.0, 99.0))
+    with pytest.raises(InputError, match=f"Flow.mlpackage {name.replace('_', '.', 2)}.*is 100.0% away from the model's .at most 5%"):
+        verify(zeros_in(name))
+
+
+def test_unchanged_packages_pass_and_lose_little(verify):
+    errors = verify(lambda spec, package, folder: None)["compression"]["errors"]
+    assert 0.003 < min(errors.values()) and max(errors.values()) < 0.01 and not any("1.o_proj" in name for name in errors)
