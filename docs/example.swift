@@ -1,7 +1,7 @@
 // Greedy text from a converted model, on macOS 15 or iOS 18. Untested: its makers had no Mac. predict.py beside it does the same,
 // and its Host is the code that ran when the packages were verified; where the two differ, that one is right.
 //
-//     swiftc -O example.swift -o example && ./example 0 17 42        // token ids of the prompt; prints the ids that follow
+//     swiftc -O -parse-as-library example.swift -o example && ./example 0 17 42    // token ids of the prompt; prints those that follow
 //
 // Text to ids and back is the business of a tokenizer library (swift-transformers reads tokenizer.json). Packages with states only.
 
@@ -26,6 +26,10 @@ struct Contract: Decodable {
     let embeddings: [Int]
     let stop_ids: [Int]
     let packages: [Part]
+}
+
+struct ContextIsFull: Error {
+    let tokens: Int, context: Int  // convert.py --context=N makes packages for more
 }
 
 final class LanguageModel {
@@ -116,8 +120,12 @@ final class LanguageModel {
         return logits
     }
 
-    /// Whole chunks as long as there are any, then token by token: padding would spoil the states.
+    /// Whole chunks as long as there are any, then token by token: padding would spoil the states. Beyond the context the full caches
+    /// would be written past their ends.
     func feed(_ tokens: [Int]) async throws -> [Float] {
+        if let context = contract.context, position + tokens.count > context {
+            throw ContextIsFull(tokens: position + tokens.count, context: context)
+        }
         var ids = tokens[...], logits: [Float] = []
         while !ids.isEmpty {
             let n = ids.count >= contract.prefill ? contract.prefill : 1
@@ -133,7 +141,8 @@ final class LanguageModel {
         let model = try await LanguageModel(folder: URL(filePath: "."))
         var ids = CommandLine.arguments.dropFirst().compactMap { Int($0) }
         if ids.isEmpty { ids = [0] }
-        for _ in 0..<64 {
+        let room = model.contract.context.map { $0 - ids.count + 1 } ?? 64  // the last token is not read any more
+        for _ in 0..<max(1, min(64, room)) {
             let logits = try await model.feed(ids)
             let token = logits.indices.max { logits[$0] < logits[$1] }!
             if model.contract.stop_ids.contains(token) { break }
