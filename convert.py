@@ -342,6 +342,7 @@ def refuse_foreign(out: Path) -> None:
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """An empty folder beside `out` to build in, which becomes `out` if all goes well; if not, `out` stays what it was."""
+    given, out = out, out.resolve()  # behind a link, and with a name even if it is "."
     new, old = (out.parent / f".{out.name}.{kind}" for kind in ("partial", "old"))
 
     def tidy():
@@ -352,9 +353,9 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
 
     tidy()  # what a killed run left
     if out.exists() and not overwrite:
-        raise InputError(f"{out} exists: add --overwrite to replace it, or choose another --out")
+        raise InputError(f"{given} exists: add --overwrite to replace it, or choose another --out")
     if out.exists():
-        refuse_foreign(out)
+        refuse_foreign(given)
     out.parent.mkdir(parents=True, exist_ok=True)
     new.mkdir()
     try:
@@ -380,8 +381,9 @@ def main(argv=None):
     print(f"{path}: {args.kind}, {model.config.num_params():,} parameters, phase {checkpoint['phase']}", file=sys.stderr)
     home = path if path.is_dir() else path.parent
     home = home.resolve() if home.name in ("", "..") else home
-    out = (args.out or home.with_name(f"{home.name}-{args.to}")).resolve()  # behind a link, and with a name even if it is "."
-    if out == home.resolve():
+    out = args.out or home.with_name(f"{home.name}-{args.to}")
+    place = out.resolve()  # if it is the folder one stands in, "." will be gone
+    if place == home.resolve():
         raise InputError(f"--out={out} is where --ckpt lies: choose another folder")
     with new_folder(out, args.overwrite) as folder:
         if args.to == "hf":
@@ -390,7 +392,7 @@ def main(argv=None):
             to_coreml(args, model, tokenizer, checkpoint, folder)
     print(f"wrote {out}")
     if args.push:
-        publish.push(out, args.push)
+        publish.push(place, args.push)
 
 
 if __name__ == "__main__":

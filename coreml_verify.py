@@ -4,6 +4,7 @@ The packages are read back from disk and run by mil_numpy.py, fed by the Host of
 shipped, the code around the network included. The parts:
 
     interface  names, types and shapes that config.json and each package's description promise are the program's
+    matrices   those that were compressed against the model's, each within the limit of its --compress
     exact      the program's formulas in fp32 (Pulse: fp64) against PyTorch with the weights of the package: at most 1e-4 on the
                logits, and the same greedy text
     rounded    every result rounded to its declared type against the PyTorch model as it was trained: KL divergence, agreement of the
