@@ -5,6 +5,7 @@ import dataclasses
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import convert
 import prepare
 import publish
 from checkpoint import load_model, save_checkpoint
+from huggingface import hf_name
 from model import Flow, FlowConfig, generate
 from prepare import InputError
 from snn_model import Pulse, PulseConfig
@@ -91,6 +93,84 @@ def test_a_pulse_folder_comes_back(runs, tmp_path):
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="is not a folder of"):
         publish.read_folder(tmp_path / "hf")
+
+
+# ---- folders from elsewhere ----
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A Qwen3 folder of two files of weights."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("whole")
+    model = Flow(FlowConfig(vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, d_model=16, head_dim=8, d_ff=24, window=8, global_every=2))
+    (folder / "config.json").write_text(json.dumps(publish.qwen3_config(model.config, ends=[0], start=0, pad=0)))
+    weights = {hf_name(name): p.detach().clone() for name, p in model.state_dict().items() if name != "lm_head.weight"}
+    names, index = sorted(weights), {}
+    for file, part in (("a.safetensors", names[:5]), ("b.safetensors", names[5:])):
+        save_file({name: weights[name] for name in part}, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert torch.equal(Flow.from_pretrained(folder).norm.weight, model.norm.weight)
+    return folder
+
+
+GONE = object()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], expected dict"),
+        ({"rope_parameters": GONE, "rope_scaling": "linear"}, 'rope_scaling is "linear", expected dict'),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "scaled RoPE"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, 'rope_theta is "x", expected float'),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta=0.0 must be above 0"),
+        ({"num_attention_heads": 0, "head_dim": GONE}, "num_attention_heads is 0, expected at least 1"),
+        ({"num_hidden_layers": GONE}, "num_hidden_layers is missing, expected int"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers is 2.0, expected int"),
+        ({"hidden_size": "16"}, 'hidden_size is "16", expected int'),
+        ({"vocab_size": True}, "vocab_size is true, expected int"),
+        ({"intermediate_size": None}, "intermediate_size is missing, expected int"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is missing, expected float"),
+        ({"rms_norm_eps": "1e-6"}, 'rms_norm_eps is "1e-6", expected float'),
+        ({"rms_norm_eps": float("nan")}, "norm_eps=nan must be above 0"),
+        ({"max_position_embeddings": "256"}, 'max_position_embeddings is "256", expected int'),
+        ({"sliding_window": "8"}, 'sliding_window is "8", expected int'),
+        ({"sliding_window": 8.5}, "sliding_window is 8.5, expected int"),
+        ({"tie_word_embeddings": "false"}, 'tie_word_embeddings is "false", expected bool'),
+        ({"attention_bias": 0}, "attention_bias is 0, expected bool"),
+        ({"layer_types": 7}, "layer_types is 7, expected list"),
+        ({"layer_types": [[1], [2]]}, "layer_types .* for 2 layers"),
+    ],
+)
+def test_a_config_with_wrong_fields(whole, tmp_path, change, message):
+    folder = tmp_path / "folder"
+    shutil.copytree(whole, folder)
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not GONE}))
+    with pytest.raises(ValueError, match=message):
+        Flow.from_pretrained(folder)
+    with pytest.raises(InputError, match=message):
+        convert.main([f"--ckpt={folder}", "--to=hf"])
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("weight_map", [["a"], None, {"norm": 1}, {"norm": ["a.safetensors"]}, {"norm": "."}])
+def test_an_index_without_names_of_files(whole, tmp_path, weight_map):
+    folder = tmp_path / "folder"
+    shutil.copytree(whole, folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises((ValueError, FileNotFoundError), match="download the folder again"):
+        Flow.from_pretrained(folder)
+
+
+def test_json_too_deep_to_read(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        Flow.from_pretrained(tmp_path / "folder")
 
 
 # ---- publishing ----
