@@ -35,10 +35,10 @@ import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from curves import draw_curves, trim_log
 from device import DTYPES, Device, StopNotice
-from exact_match import final_number, majority, wilson
+from exact_match import Problem, final_number, majority, problem_key, read_problems, wilson
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
-from teachers import Job, LocalTeacher, Problem, check_tokenizer, checkpoint_teacher, problem_key, prompt_ids
+from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, prompt_ids
 from train import RATE_PENALTY, check_same, lr_at
 
 DATA = Path("data/builtin")
@@ -400,7 +400,7 @@ def parse_args(argv=None):
 def load_problems(name: str, limit: int | None, skip_bad: bool, say) -> list[Problem]:
     if Path(name).parent == DATA and not Path(name).exists():
         raise InputError(f"{name} does not exist: make it with `python prepare.py`, or name other problems")
-    problems, skipped = teachers.read_problems(name, skip_bad)
+    problems, skipped = read_problems(name, skip_bad)
     say(f"{name}: {len(problems):,} problems" + (f", {skipped:,} bad lines left out" if skipped else ""))
     return problems[:limit]
 

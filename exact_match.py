@@ -1,12 +1,24 @@
-"""Exact match: which number an answer states, which number most answers state, and how sure a share of right ones is.
+"""Exact match: which number an answer states, problem files whose answers state one, and how sure a share of right answers is.
 
     final_number("25 + 3 = 28 apples. #### 28") == 28
+    for problem in read_problems("data/builtin/problems_val.jsonl", skip_bad=False)[0]: print(problem.question, problem.number)
 """
 
 import collections
+import contextlib
+import gzip
+import hashlib
+import json
 import math
 import re
+import zlib
+from collections.abc import Iterator
 from fractions import Fraction
+from typing import NamedTuple
+
+from sources import InputError, hub_errors, parquet_records, source_files
+
+# --------------------------------------------------------------------------------------------------------------- numbers
 
 SIGN = r"(?<![\w.])(?:[-−–]\s*[$€£]?|[$€£]\s*[-−]?)?\s*"  # -5, $5, -$5, $-5
 NUMBER = re.compile(SIGN + r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?!\d|\.\d))?"
@@ -64,3 +76,76 @@ def majority(finals: list[Fraction | None]) -> Fraction | None:
     """The number most answers end in, of equals the first; answers without a number do not vote (arXiv:2203.11171)."""
     votes = collections.Counter(final for final in finals if final is not None)
     return max(votes, key=votes.get) if votes else None
+
+
+# --------------------------------------------------------------------------------------------------------------- problems
+
+
+class Problem(NamedTuple):
+    question: str
+    answer: str  # the worked solution
+    number: Fraction  # its result
+
+
+def problem_key(question: str) -> str:
+    """16 hex digits that name a question, spelled the same way whatever its spaces and capitals."""
+    return hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
+
+
+def make_problem(record, where: str) -> Problem:
+    """A Problem of one record. Raises InputError that says what is wrong with it."""
+    if isinstance(record, InputError):
+        raise record
+    if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
+        raise InputError(f"{where}: expected an object with question and answer")
+    question, answer = record["question"], record["answer"]
+    answer = str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
+    if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
+        raise InputError(f"{where}: question and answer must be text")
+    if any("\ud800" <= character <= "\udfff" for character in question + answer):  # JSON can spell half a character
+        raise InputError(f"{where}: holds half a surrogate pair, which is not UTF-8 text")
+    number = final_number(answer)
+    if number is None and NUMBER.fullmatch(answer.strip()):  # the number alone
+        number = parse_number(answer)
+    if number is None:
+        raise InputError(f"{where}: the answer {answer[-40:]!r} ends in no number: expected #### and the result")
+    return Problem(question.strip(), answer.strip(), number)
+
+
+def records(name: str, file) -> Iterator[tuple[str, object]]:
+    """(where, record) of a file; the record is an InputError where a line is no JSON."""
+    if name.lower().endswith(".parquet"):
+        rows = parquet_records(name, file, lambda present: {"question", "answer"} & set(present))
+        yield from ((f"{name}:{number}", record) for number, record in enumerate(rows, 1))
+        return
+    for number, line in enumerate(gzip.GzipFile(fileobj=file) if name.lower().endswith(".gz") else file, 1):
+        if line.strip():
+            try:
+                yield f"{name}:{number}", json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as problem:
+                yield f"{name}:{number}", InputError(f"{name}:{number}: malformed JSON ({problem})")
+
+
+def read_problems(name: str, skip_bad: bool) -> tuple[list[Problem], int]:
+    """(the problems of a .jsonl, .jsonl.gz or .parquet file, a folder of them or an hf:// address, lines left out); a question that
+    comes twice counts once. Raises InputError, for a bad line unless `skip_bad`, and if there is no problem at all."""
+    problems, skipped = {}, 0
+    for path, opener in source_files(name):
+        if path.lower().endswith((".txt", ".md")):
+            continue
+        try:
+            with hub_errors(path) if path.startswith("hf://") else contextlib.nullcontext(), opener() as file:
+                for where, record in records(path, file):
+                    try:
+                        problem = make_problem(record, where)
+                    except InputError as error:
+                        if not skip_bad:
+                            raise InputError(f"{error}: mend it, or pass --skip_bad to leave such lines out") from None
+                        skipped += 1
+                    else:
+                        problems.setdefault(problem_key(problem.question), problem)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{path} is not a whole gzip file ({error}): download it again") from None
+    if not problems:
+        raise InputError(f"{name} holds no problems: expected JSON lines with question and answer")
+    return list(problems.values()), skipped

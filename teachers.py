@@ -1,17 +1,16 @@
-"""Who answers a word problem: problem files, teachers, and files of their answers.
+"""Who answers a word problem: teachers, and files of their answers.
 
 A teacher is a Qwen3 folder or hub id of Hugging Face, any server that speaks OpenAI's chat completions (vLLM, Ollama, llama.cpp),
 or a checkpoint of this project; distill.py asks it and evaluates students with the same code.
 
-    for problem in read_problems("data/builtin/problems_val.jsonl", skip_bad=False)[0]: print(problem.question, problem.number)
+    teacher = open_teacher("http://localhost:8000/v1", "cpu", 1, None, concurrency=16)
+    for job, answer in teacher.answers([Job("first", 0, "What is 6 * 7?")], 0.0, 512, 0): print(job.question, answer.text)
 """
 
 import contextlib
 import datetime
 import email.utils
 import fcntl
-import gzip
-import hashlib
 import http.client
 import json
 import os
@@ -32,22 +31,16 @@ import torch
 from tokenizers import Tokenizer
 
 from checkpoint import find_checkpoint, for_writing, load_model
-from exact_match import NUMBER, final_number, parse_number
+from exact_match import Problem, final_number, problem_key
 from huggingface import read_json
 from model import Flow, generate
 from prepare import InputError, chat_ids
-from sources import hub_errors, parquet_records, source_files
+from sources import hub_errors
 
 # What an instruct model is asked to do; a checkpoint of this project gets the question alone, as it was trained.
 INSTRUCTION = "Solve the problem step by step, one short sentence per step. End with a line of #### and the final number, without unit."
 KEY = "OPENAI_API_KEY"  # the environment variable a server's key is taken from, the only place
 ATTEMPTS, BACKOFF, LONGEST_WAIT, TIMEOUT = 6, 0.5, 60.0, 600.0  # per request; seconds before the second attempt, doubled each time
-
-
-class Problem(NamedTuple):
-    question: str
-    answer: str  # the worked solution
-    number: Fraction  # its result
 
 
 class Job(NamedTuple):
@@ -62,73 +55,6 @@ class Answer(NamedTuple):
     text: str
     tokens: int  # made for it; 0 if a server does not say
     finish: str  # "stop", "length" (cut off), or why there is no text
-
-
-# --------------------------------------------------------------------------------------------------------------- problems
-
-
-def problem_key(question: str) -> str:
-    """16 hex digits that name a question, spelled the same way whatever its spaces and capitals."""
-    return hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
-
-
-def make_problem(record, where: str) -> Problem:
-    """A Problem of one record. Raises InputError that says what is wrong with it."""
-    if isinstance(record, InputError):
-        raise record
-    if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
-        raise InputError(f"{where}: expected an object with question and answer")
-    question, answer = record["question"], record["answer"]
-    answer = str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
-    if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
-        raise InputError(f"{where}: question and answer must be text")
-    if any("\ud800" <= character <= "\udfff" for character in question + answer):  # JSON can spell half a character
-        raise InputError(f"{where}: holds half a surrogate pair, which is not UTF-8 text")
-    number = final_number(answer)
-    if number is None and NUMBER.fullmatch(answer.strip()):  # the number alone
-        number = parse_number(answer)
-    if number is None:
-        raise InputError(f"{where}: the answer {answer[-40:]!r} ends in no number: expected #### and the result")
-    return Problem(question.strip(), answer.strip(), number)
-
-
-def records(name: str, file) -> Iterator[tuple[str, object]]:
-    """(where, record) of a file; the record is an InputError where a line is no JSON."""
-    if name.lower().endswith(".parquet"):
-        rows = parquet_records(name, file, lambda present: {"question", "answer"} & set(present))
-        yield from ((f"{name}:{number}", record) for number, record in enumerate(rows, 1))
-        return
-    for number, line in enumerate(gzip.GzipFile(fileobj=file) if name.lower().endswith(".gz") else file, 1):
-        if line.strip():
-            try:
-                yield f"{name}:{number}", json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as problem:
-                yield f"{name}:{number}", InputError(f"{name}:{number}: malformed JSON ({problem})")
-
-
-def read_problems(name: str, skip_bad: bool) -> tuple[list[Problem], int]:
-    """(the problems of a .jsonl, .jsonl.gz or .parquet file, a folder of them or an hf:// address, lines left out); a question that
-    comes twice counts once. Raises InputError, for a bad line unless `skip_bad`, and if there is no problem at all."""
-    problems, skipped = {}, 0
-    for path, opener in source_files(name):
-        if path.lower().endswith((".txt", ".md")):
-            continue
-        try:
-            with hub_errors(path) if path.startswith("hf://") else contextlib.nullcontext(), opener() as file:
-                for where, record in records(path, file):
-                    try:
-                        problem = make_problem(record, where)
-                    except InputError as error:
-                        if not skip_bad:
-                            raise InputError(f"{error}: mend it, or pass --skip_bad to leave such lines out") from None
-                        skipped += 1
-                    else:
-                        problems.setdefault(problem_key(problem.question), problem)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{path} is not a whole gzip file ({error}): download it again") from None
-    if not problems:
-        raise InputError(f"{name} holds no problems: expected JSON lines with question and answer")
-    return list(problems.values()), skipped
 
 
 # --------------------------------------------------------------------------------------------------------------- teachers
@@ -228,7 +154,7 @@ def hub_folder(name: str) -> Path:
 
 def open_teacher(teacher: str, device, batch_size: int, server_model: str | None, concurrency: int):
     """What --teacher means, ready to answer: http(s)://.../v1, a Hugging Face folder, a checkpoint or run folder, or a hub id."""
-    if teacher.startswith(("http://", "https://")):
+    if teacher.lower().startswith(("http://", "https://")):
         return ServerTeacher(teacher, server_model, concurrency)
     path = Path(teacher)
     if (path / "config.json").exists():
@@ -251,20 +177,33 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Retry(Exception):
-    """A request that may succeed later; holds the seconds the server asks to wait, or None."""
+    """A request that may succeed later; holds the seconds the server asks to wait."""
 
-    def __init__(self, why: str, wait: float | None = None):
+    def __init__(self, why: str, wait: float = 0.0):
         super().__init__(why)
         self.wait = wait
 
 
-def retry_after(headers) -> float | None:
-    """Seconds that a Retry-After header asks for, given as seconds or as a date."""
+class Refused(InputError):
+    """A question the server will not answer, while it may answer others; holds the HTTP status."""
+
+    def __init__(self, why: str, code: int):
+        super().__init__(why)
+        self.code = code
+
+
+def retry_after(headers) -> float:
+    """Seconds that a Retry-After header asks for, given as seconds or as a date; 0 if it says nothing that can be read."""
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    parsed = email.utils.parsedate_tz(value)
-    return max(0.0, email.utils.mktime_tz(parsed) - time.time()) if parsed else None
+    try:
+        return float(value) if value.isdecimal() else max(0.0, email.utils.mktime_tz(email.utils.parsedate_tz(value)) - time.time())
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0
+
+
+def quoted(text: str, key: str) -> str:
+    """What a server said, for an error message: one short line without the key, which some servers repeat when they refuse it."""
+    return " ".join((text.replace(key, "***") if key else text).split())[:200]
 
 
 class ServerTeacher:
@@ -273,10 +212,11 @@ class ServerTeacher:
     def __init__(self, url: str, model: str | None, concurrency: int):
         try:
             parts = urllib.parse.urlsplit(url)
-        except ValueError as problem:
-            raise InputError(f"--teacher: no web address ({problem}): expected one such as http://host:port/v1") from None
-        if parts.username or parts.password or parts.query:
-            raise InputError(f"--teacher={parts.scheme}://{parts.hostname}... holds more than an address: a key belongs into {KEY}")
+            host, _ = parts.hostname, parts.port  # a port is first looked at when it is asked for
+        except ValueError:  # whose text repeats what may be a key
+            raise InputError("--teacher is no web address: expected one such as http://host:port/v1") from None
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise InputError(f"--teacher={parts.scheme}://{host}... holds more than an address: a key belongs into {KEY}")
         self.url, self.concurrency, self.failed = url.rstrip("/"), concurrency, threading.Event()
         self.opener = urllib.request.build_opener(NoRedirect)
         try:
@@ -284,7 +224,7 @@ class ServerTeacher:
         except Retry as problem:
             raise InputError(f"{self.url} cannot be reached ({problem}): start the server or mend the address") from None
         try:
-            names = [entry["id"] for entry in models["data"]]
+            names = [str(entry["id"]) for entry in models["data"]]
         except (KeyError, TypeError):
             raise InputError(f"{self.url}/models is no list of models: expected an OpenAI-compatible address that ends in /v1") from None
         if model is None and len(names) != 1:
@@ -293,9 +233,9 @@ class ServerTeacher:
         self.name = f"{self.model} at {self.url}"
 
     def request(self, path: str, body: dict | None = None):
-        """The JSON that the server answers. Raises Retry for what may pass, InputError for what will not."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY, "").strip():
+        """The JSON that the server answers. Raises Retry for what may pass, Refused for this body, InputError for what will not."""
+        headers, key = {"Content-Type": "application/json"}, os.environ.get(KEY, "").strip()
+        if key:
             if not (key.isascii() and key.isprintable()):  # http.client would print it with its complaint
                 raise InputError(f"{KEY} holds characters that no key has: set it again")
             headers["Authorization"] = f"Bearer {key}"
@@ -306,33 +246,43 @@ class ServerTeacher:
         except urllib.error.HTTPError as problem:
             if problem.code in (408, 409, 425, 429) or problem.code >= 500:
                 raise Retry(f"HTTP {problem.code}", retry_after(problem.headers)) from None
-            said = " ".join(problem.read(2000).decode(errors="replace").split())[:200]
+            said = b""
+            with contextlib.suppress(OSError, http.client.HTTPException):  # a reply cut short: the status says enough
+                said = problem.read(1 << 16)
             hint = f"put the key into {KEY}" if problem.code in (401, 403) else "check --teacher and --teacher_model"
-            raise InputError(f"{self.url}/{path}: HTTP {problem.code} ({said}): {hint}") from None
-        except (OSError, http.client.HTTPException, ValueError) as problem:  # refused, cut, timed out, or half an answer
-            raise Retry(str(getattr(problem, "reason", problem)) or type(problem).__name__) from None
+            why = f"{self.url}/{path}: HTTP {problem.code} ({quoted(said.decode(errors='replace'), key)}): {hint}"
+            raise (Refused(why, problem.code) if problem.code in (400, 413, 422) else InputError(why)) from None
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as problem:  # refused, cut, timed out, no JSON
+            raise Retry(quoted(str(getattr(problem, "reason", problem)), key) or type(problem).__name__) from None
 
     def ask(self, job: Job, temperature: float, max_new_tokens: int, seed: int) -> Answer:
         content = f"{job.question}\n\n{INSTRUCTION}"
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature,
                 "max_tokens": max_new_tokens, "seed": zlib.crc32(f"{seed} {job.key} {job.sample}".encode()) >> 1}  # fmt: skip
         for attempt in range(1, ATTEMPTS + 1):
+            last, wait = attempt == ATTEMPTS or self.failed.is_set(), 0.0
             try:
                 reply = self.request("chat/completions", body)
+                choice = reply["choices"][0]
+                text, finish = choice["message"]["content"], choice.get("finish_reason")
                 break
+            except Refused as problem:
+                self.refusal = problem
+                return Answer("", 0, f"HTTP {problem.code}")
             except Retry as problem:
-                if attempt == ATTEMPTS or self.failed.is_set():
+                if last:
                     remedy = "what has come is kept: give the same command again when the server is well"
                     raise InputError(f"{self.url} failed {attempt} times in a row ({problem}): {remedy}") from None
-                # Jitter, so that the requests refused together do not come back together.
-                wait = BACKOFF * 2 ** (attempt - 1) * random.uniform(0.75, 1.25) if problem.wait is None else problem.wait
-                time.sleep(min(wait, LONGEST_WAIT))
+                wait = problem.wait
+            except (KeyError, IndexError, TypeError, AttributeError):  # such as {"error": ...} in a reply that calls itself good
+                if last:
+                    return Answer("", 0, "unusable reply")
+            # Jitter, so that the requests refused together do not come back together.
+            time.sleep(min(max(wait, BACKOFF * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)), LONGEST_WAIT))
         try:
-            choice = reply["choices"][0]
-            text, finish = choice["message"]["content"], choice.get("finish_reason")
-            tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            return Answer("", 0, "unusable reply")
+            tokens = max(0, min(int(reply["usage"]["completion_tokens"]), 1 << 40))  # a server can say any number
+        except (KeyError, TypeError, ValueError, OverflowError):
+            tokens = 0
         if not isinstance(text, str) or not text.strip():
             return Answer("", tokens, "empty reply")
         text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can spell, is no text
@@ -361,14 +311,17 @@ class ServerTeacher:
         working, failure = min(self.concurrency, len(jobs)), None
         for _ in range(working):
             threading.Thread(target=work, daemon=True).start()  # daemon: Ctrl-C does not wait for a slow server
-        while working:
-            item = done.get()
-            if item is None:
-                working -= 1
-            elif isinstance(item, Exception):
-                failure = failure or item
-            else:
-                yield item
+        try:
+            while working:
+                item = done.get()
+                if item is None:
+                    working -= 1
+                elif isinstance(item, Exception):
+                    failure = failure or item
+                else:
+                    yield item
+        finally:
+            self.failed.set()  # nothing more is asked when no more is wanted
         if failure is not None:
             raise failure
 
@@ -376,7 +329,9 @@ class ServerTeacher:
 # ----------------------------------------------------------------------------------------------------------------- traces
 
 
-TRACE = {"key", "sample", "question", "answer", "final", "correct", "finish", "tokens", "teacher"}  # what a line is read for
+TRACE = {"key": str, "sample": int, "question": str, "answer": str, "final": str | None, "correct": bool, "finish": str, "tokens": int,
+         "teacher": str}  # what a line is read for
+REFUSALS = 8  # HTTP 400, 413 or 422 for so many questions and no answer to any: the command is at fault, not the questions
 
 
 def read_traces(path: Path, teacher: str | None) -> dict[tuple[str, int], dict]:
@@ -391,10 +346,12 @@ def read_traces(path: Path, teacher: str | None) -> dict[tuple[str, int], dict]:
     for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
         try:
             trace = json.loads(line)
-            if TRACE - trace.keys():
-                raise KeyError
+            whole = all(isinstance(trace[name], kind) for name, kind in TRACE.items())
+            if not whole or not isinstance(trace.get("max_new_tokens", 0), int):
+                raise TypeError
+            f"{trace['question']}{trace['answer']}".encode()  # JSON can spell half a character
             traces[trace["key"], trace["sample"]] = trace
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{path}:{number}: not a trace of distill.py: remove the line or name another --traces") from None
         if teacher is not None and trace["teacher"] != teacher:
             raise InputError(f"{path} holds answers of {trace['teacher']}, not of {teacher}: remove it or name another --traces")
@@ -402,40 +359,70 @@ def read_traces(path: Path, teacher: str | None) -> dict[tuple[str, int], dict]:
 
 
 def cut_short(trace: dict | None, max_new_tokens: int) -> bool:
-    """Is there no answer, or one that ended at a lower limit than max_new_tokens?"""
-    return trace is None or trace["finish"] == "length" and trace.get("max_new_tokens", max_new_tokens) < max_new_tokens
+    """Is there no answer, one that a server left out or refused, or one that ended at a lower limit than max_new_tokens?"""
+    if trace is None or trace["finish"] not in ("stop", "length") and not trace["answer"].strip():
+        return True
+    return trace["finish"] == "length" and trace.get("max_new_tokens", max_new_tokens) < max_new_tokens
+
+
+@contextlib.contextmanager
+def appending(path: Path):
+    """A file to append to, for one process at a time. An OSError names it: a failed write does not say where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not lockf, whose lock ends when any handle of the file is closed
+            except BlockingIOError:
+                raise InputError(f"{path} is being written by another distill.py: wait for it or name another --traces") from None
+            yield file
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def make_traces(path: Path, teacher, problems: list[Problem], args, say) -> dict[tuple[str, int], dict]:
-    """Ask the teacher for every answer that is not in the file yet and append it there. Returns all, as read_traces does."""
+    """Ask the teacher for every answer that is not in the file yet and append it there. Returns all, as read_traces does, judged by
+    the problems of now."""
     numbers = {problem_key(problem.question): problem.number for problem in problems}
     temperature = (0.0 if args.samples == 1 else 0.7) if args.temperature is None else args.temperature
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not lockf, whose lock ends when any handle of the file is closed
-        except BlockingIOError:
-            raise InputError(f"{path} is being written by another distill.py: wait for it or name another --traces") from None
+    with appending(path) as file:
         traces = read_traces(path, teacher.name)
         whole = path.read_bytes()
         file.truncate(whole.rfind(b"\n") + 1)  # half a line of a run that was killed
         jobs = [Job(problem_key(p.question), k, p.question) for p in problems for k in range(args.samples)]
         missing = [job for job in jobs if cut_short(traces.get((job.key, job.sample)), args.max_new_tokens)]
         say(f"traces: {len(jobs) - len(missing):,} of {len(jobs):,} answers are in {path}; teacher {teacher.name}")
+        old = [traces[job.key, job.sample].get("temperature", temperature) for job in set(jobs).difference(missing)]
+        if others := sum(t != temperature for t in old):
+            say(f"traces: {others:,} of them were made at another temperature than the {temperature:g} of now")
+        refused_before = {place for place, trace in traces.items() if trace["finish"].startswith("HTTP ")}
+        waiting, answered = [], False  # refusals wait for an answer: without any nothing is written
         began, tokens, told = time.perf_counter(), 0, time.perf_counter()
         for n, (job, answer) in enumerate(teacher.answers(missing, temperature, args.max_new_tokens, args.seed), 1):
             made = {"teacher": teacher.name, "temperature": temperature, "max_new_tokens": args.max_new_tokens}
-            trace = trace_of(job, answer, numbers[job.key]) | made
-            file.write(json.dumps(trace, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            traces[job.key, job.sample] = trace
+            waiting.append(trace_of(job, answer, numbers[job.key]) | made)
+            answered = answered or not answer.finish.startswith("HTTP ")
+            if not answered and sum((t["key"], t["sample"]) not in refused_before for t in waiting) >= REFUSALS:
+                raise teacher.refusal
+            if answered or n == len(missing) and any(trace["answer"] for trace in traces.values()):
+                file.write(b"".join(json.dumps(trace, ensure_ascii=False).encode(errors="replace") + b"\n" for trace in waiting))
+                file.flush()
+                traces |= {(trace["key"], trace["sample"]): trace for trace in waiting}
+                waiting = []
             tokens += answer.tokens
             if time.perf_counter() - told > 10 or n == len(missing):
                 told = time.perf_counter()
                 rate = n / (told - began)
                 eta = datetime.timedelta(seconds=round((len(missing) - n) / rate))
                 say(f"traces: {n:,}/{len(missing):,}  {tokens / (told - began):,.0f} tokens/s  eta {eta}", flush=True)
-    return {(job.key, job.sample): traces[job.key, job.sample] for job in jobs}
+        if waiting:
+            raise teacher.refusal
+    judged = {}
+    for job in jobs:
+        trace = traces[job.key, job.sample]
+        judged[job.key, job.sample] = trace | trace_of(job, Answer(trace["answer"], trace["tokens"], trace["finish"]), numbers[job.key])
+    return judged
 
 
 def trace_of(job: Job, answer: Answer, number: Fraction) -> dict:

@@ -18,12 +18,12 @@ import prepare
 import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from distill import Examples, distillation_loss
-from exact_match import final_number
+from exact_match import final_number, problem_key
 from model import Flow, FlowConfig, generate
 from prepare import InputError, render_chat
 from snn_model import Pulse, PulseConfig
 from spikes import firing_rates
-from teachers import INSTRUCTION, Answer, Job, problem_key, prompt_ids
+from teachers import INSTRUCTION, Answer, Job, prompt_ids
 from word_problems import problems as word_problems
 
 SHORT = ["--batch_size=4", "--log_interval=2", "--max_new_tokens=12", "--device=cpu"]

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -14,9 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT, call_distill as call, distill_works as works, lines_of, write_problems
 
-from exact_match import final_number
+import distill
+from exact_match import Problem, final_number, read_problems
 from prepare import InputError
-from teachers import Problem, chosen_traces, read_problems, read_traces
+from teachers import ServerTeacher, chosen_traces, read_traces, retry_after
 
 KEY = "sk-secret-of-the-test"
 
@@ -72,6 +76,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.trouble, self.asked, self.keys, self.seeds = trouble or {}, [], set(), []
         self.patience, self.go_on = patience, threading.Event()  # after so many questions it waits to be told to go on
+        self.models = 200, {"data": [{"id": "parrot"}]}  # or a function of the key that was sent
         self.meet, self.lock = threading.Barrier(together), threading.Lock()
         self.gathered = together == 1
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -86,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def reply(self, code, body, length=None, **headers):
-        data = json.dumps(body).encode()
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(code)
         for name, value in {"Content-Length": length or len(data), **headers}.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -94,7 +99,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[: length and len(data) // 2])
 
     def do_GET(self):
-        self.reply(200, {"data": [{"id": "parrot"}]} if self.path == "/v1/models" else {"error": "?"})
+        models = self.server.models
+        self.reply(*(models(self.headers.get("Authorization")) if callable(models) else models))
+
+    def reset(self, code):
+        """A reply whose connection breaks in the middle of the text."""
+        self.reply(code, b"{", length=100)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -120,8 +132,29 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]})
         elif todo == "strange":
             self.reply(200, {"choices": []})
+        elif todo == "reset":
+            self.reset(400)
+        elif isinstance(todo, (bytes, dict)):
+            self.reply(200, todo)
         else:
             self.reply(200, good)
+
+
+@pytest.fixture
+def asks(tmp_path, monkeypatch):
+    """distill.py --trace in this process, which does not wait: asks(server, questions, ...) gives the lines of t.jsonl so far."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("teachers.time.sleep", lambda seconds: asking.waits.append(seconds))
+    write_problems(tmp_path / "v.jsonl", [{"question": "x", "answer": "#### 1"}])
+
+    def asking(server, questions, *options, number=7):
+        write_problems(tmp_path / "p.jsonl", [{"question": q, "answer": f"#### {number}"} for q in questions])
+        base = ["--trace", f"--teacher={server.url}", "--problems=p.jsonl", "--eval", "v.jsonl", "--traces=t.jsonl", "--concurrency=1"]
+        distill.main([*base, *options, "--device=cpu"])
+        return lines_of(tmp_path / "t.jsonl")
+
+    asking.waits = []
+    return asking
 
 
 def test_a_server_is_asked_together_and_again_and_its_key_is_in_no_file(tmp_path):
@@ -137,45 +170,128 @@ def test_a_server_is_asked_together_and_again_and_its_key_is_in_no_file(tmp_path
     assert sorted((t["question"], t["sample"]) for t in traces) == sorted((q, k) for q in questions for k in (0, 1))
     # Of two samples the one that met the trouble was asked again, or recorded as what came.
     finishes = Counter((t["question"], t["finish"]) for t in traces)
-    assert finishes[questions[2], "empty reply"] == finishes[questions[3], "unusable reply"] == 1
-    assert sum(n for (_, finish), n in finishes.items() if finish == "stop") == 14
+    assert finishes[questions[2], "empty reply"] == 1
+    assert sum(n for (_, finish), n in finishes.items() if finish == "stop") == 15
     assert {t["correct"] for t in traces if t["question"] == questions[5]} == {False}
     assert {(t["final"], t["reference"], t["tokens"]) for t in traces if t["correct"]} == {("7", "7", 5)}
     assert {t["teacher"] for t in traces} == {f"parrot at {server.url}"} and {t["temperature"] for t in traces} == {0.7}
-    assert "12 of 16 answers right (75.0%), 2 without a final number, 2 cut off or empty" in output
-    assert "12 kept (--keep=correct), 7 of them different, for 7 questions" in output
-    assert len(server.asked) == 16 + 2 + 1 + 3 and len(set(server.seeds)) == 16  # a sample keeps its seed when it is asked again
+    assert "13 of 16 answers right (81.2%), 1 without a final number, 1 cut off or empty" in output
+    assert "13 kept (--keep=correct), 7 of them different, for 7 questions" in output
+    assert len(server.asked) == 16 + 2 + 1 + 1 + 3 and len(set(server.seeds)) == 16  # a sample keeps its seed when it is asked again
     asked = len(server.asked)
-    works(*command, "--traces=t.jsonl", cwd=tmp_path)
-    assert len(server.asked) == asked  # nothing was missing
-    lines = lines_of(tmp_path / "t.jsonl")
+    for _ in range(2):
+        works(*command, "--traces=t.jsonl", cwd=tmp_path)
+        assert server.asked[asked:] == [questions[2]]  # what had no text; and then nothing is missing
+    lines = [t for t in lines_of(tmp_path / "t.jsonl") if t["answer"]]
     lines[0] |= {"finish": "length", "max_new_tokens": 5}  # a short try; the same at the limit of now is not asked again
     lines[1] |= {"finish": "length", "max_new_tokens": 512}
     write_problems(tmp_path / "t.jsonl", lines)
     works(*command, "--traces=t.jsonl", cwd=tmp_path)
-    assert server.asked[asked:] == [lines[0]["question"]]
+    assert server.asked[asked + 1 :] == [lines[0]["question"]]
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY not in path.read_text(errors="replace")
 
 
-def test_what_a_server_cannot_do_is_one_line(tmp_path):
-    problems = write_problems(tmp_path / "p.jsonl", [{"question": f"{i}?", "answer": "#### 7"} for i in range(5)])
-    val = write_problems(tmp_path / "v.jsonl", [{"question": "x", "answer": "#### 1"}])
-    server = Server({"3?": [500] * 9})
-    options = ["--trace", f"--problems={problems}", "--eval", val, "--traces=t.jsonl", "--concurrency=1"]
-    done = call(*options, f"--teacher={server.url}", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "failed 6 times in a row (HTTP 500): what has come is kept" in done.stderr
+def test_what_a_server_cannot_do_is_one_line(tmp_path, asks, monkeypatch):
+    questions, server = [f"{i}?" for i in range(5)], Server({"3?": [500] * 9})
+    with pytest.raises(InputError, match=r"failed 6 times in a row \(HTTP 500\): what has come is kept"):
+        asks(server, questions)
     assert [t["question"] for t in lines_of(tmp_path / "t.jsonl")] == ["0?", "1?", "2?"]
     server.trouble = {"3?": [500] * 6 + [401]}
-    done = call(*options, f"--teacher={server.url}", cwd=tmp_path, OPENAI_API_KEY=KEY + "\r\n")
-    assert done.returncode == 2 and "HTTP 401" in done.stderr and "OPENAI_API_KEY" in done.stderr and KEY not in done.stderr
-    done = call(*options, f"--teacher={server.url}", cwd=tmp_path, OPENAI_API_KEY=KEY + "\r\nX: 1")
-    assert done.returncode == 2 and "holds characters that no key has" in done.stderr and KEY not in done.stderr
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\r\n")
+    with pytest.raises(InputError, match="HTTP 401 .*OPENAI_API_KEY") as caught:
+        asks(server, questions)
+    assert KEY not in str(caught.value) and server.keys == {None, f"Bearer {KEY}"}
     server.shutdown()
     server.server_close()
-    done = call(*options, f"--teacher={server.url}", cwd=tmp_path)
+    options = ["--trace", "--problems=p.jsonl", "--eval", "v.jsonl", "--traces=t.jsonl", f"--teacher={server.url}"]
+    done = call(*options, cwd=tmp_path, OPENAI_API_KEY=KEY + "\r\nX: 1")
+    assert done.returncode == 2 and "holds characters that no key has" in done.stderr and KEY not in done.stderr
+    done = call(*options, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be reached" in done.stderr and server.url in done.stderr
+
+
+def test_a_question_that_a_server_refuses_is_passed_over_and_asked_again(tmp_path, asks):
+    questions, server = [f"{i}?" for i in range(12)], Server({f"{i}?": [code] * 99 for i, code in ((0, 400), (3, 413), (4, 422))})
+    lines = asks(server, questions)
+    assert Counter(t["finish"] for t in lines) == {"stop": 9, "HTTP 400": 1, "HTTP 413": 1, "HTTP 422": 1}
+    assert [t["question"] for t in lines] == questions and len(server.asked) == 12
+    assert len(asks(server, questions)) == 12 + 3 and server.asked[12:] == ["0?", "3?", "4?"]  # no end of the run either
+    server.trouble = {}
+    assert [(t["question"], t["finish"]) for t in asks(server, questions)[15:]] == [("0?", "stop"), ("3?", "stop"), ("4?", "stop")]
+    (tmp_path / "t.jsonl").unlink()
+    for n, asked in ((3, 3), (12, 8)):  # a server that refuses everything is asked for no more, and nothing is written
+        server = Server({q: [400] * 99 for q in questions})
+        with pytest.raises(InputError, match=r"HTTP 400 .*check --teacher and --teacher_model"):
+            asks(server, questions[:n])
+        assert asked <= len(server.asked) <= asked + 1 and lines_of(tmp_path / "t.jsonl") == []
+    server.trouble = {"2?": [404] * 9}
+    with pytest.raises(InputError, match="HTTP 404"):
+        asks(server, questions)
+    assert len(lines_of(tmp_path / "t.jsonl")) == 2
+
+
+def test_a_reply_without_choices_is_asked_for_again(asks):
+    overloaded = {"error": {"message": "overloaded, try again", "code": 502}}
+    server = Server({"1?": [overloaded, {"choices": None}, []], "2?": [overloaded] * 6})
+    lines = asks(server, ["1?", "2?", "3?"])
+    assert [t["finish"] for t in lines] == ["stop", "unusable reply", "stop"]
+    assert server.asked == ["1?"] * 3 + ["2?"] * 6 + ["3?"]
+    assert asks(server, ["1?", "2?", "3?"])[3]["finish"] == "stop" and server.asked[10:] == ["2?"]
+
+
+def test_pauses_grow_whatever_the_server_asks_for(asks):
+    asks(Server({"1?": [429] * 5}), ["1?"])  # with Retry-After: 0
+    assert [round(wait / 0.5 / 2**i) for i, wait in enumerate(asks.waits)] == [1] * 5
+    assert [retry_after({"Retry-After": value}) for value in ("7", " 7 ", "", "soon", "\xb2", "-3")] == [7, 7, 0, 0, 0, 0]
+    waits = [retry_after({"Retry-After": f"Wed, 21 Oct {year} 07:28:00 GMT"}) for year in (99999, 2015, 2500)]
+    assert waits[:2] == [0, 0] and waits[2] > 1e9
+
+
+def test_nothing_that_a_server_sends_is_a_bug_here(asks):
+    good = b'{"choices": [{"message": {"content": "#### 7"}, "finish_reason": "%s"}], "usage": {"completion_tokens": %s}}'
+    trouble = {"1?": ["reset"], "2?": [good % (b"stop", b"1e999")], "3?": [b"[" * 200_000], "4?": [good % (b"stop", b"9" * 400)],
+               "5?": [good % (b"\\ud800", b"null")], "6?": [b'{"choices": [{"message": 5}]}']}  # fmt: skip
+    server = Server(trouble)
+    lines = asks(server, ["0?", *trouble])
+    assert [t["finish"] for t in lines] == ["stop", "HTTP 400", "stop", "stop", "stop", "finish_reason ?", "stop"]
+    assert [t["tokens"] for t in lines] == [5, 0, 0, 5, 1 << 40, 0, 5]
+    server.models = 200, {"data": [{"id": 1}, {"id": None}]}
+    with pytest.raises(InputError, match=r"has 2 models \(1, None\): choose one with --teacher_model"):
+        ServerTeacher(server.url, None, 1)
+
+
+def test_the_key_is_never_printed(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for before in (0, 165):  # in the middle of a message and where it is cut
+        server = Server()
+        server.models = lambda sent, before=before: (401, {"error": "!" * before + f"Incorrect API key provided: {sent}"})
+        with pytest.raises(InputError, match=r"HTTP 401 .*put the key into OPENAI_API_KEY") as caught:
+            ServerTeacher(server.url, None, 1)
+        assert "sk-" not in str(caught.value) and ("Bearer ***" in str(caught.value) or before)
+    for url in ("http://user:sk-x\u2100@localhost:1/v1", "http://localhost:1/v1#sk-x", "http://localhost:sk-x/v1", "HTTP://me:sk-x@host/v1",
+                "http://localhost:1/v1?key=sk-x"):  # fmt: skip
+        with pytest.raises(InputError, match="no web address|holds more than an address: a key belongs into OPENAI_API_KEY") as caught:
+            distill.teachers.open_teacher(url, "cpu", 1, None, 1)
+        assert "sk-" not in str(caught.value)
+
+
+def test_old_answers_are_judged_by_the_problems_of_now(asks, capsys):
+    server = Server()
+    old = asks(server, ["1?", "2?"], number=8)
+    assert [t["correct"] for t in old] == [False, False] and "temperature than" not in capsys.readouterr().out
+    assert asks(server, ["1?", "2?", "3?"], "--temperature=0.5")[:2] == old  # what is in the file stays
+    said = capsys.readouterr().out
+    assert "3 of 3 answers right" in said and "traces: 2 of them were made at another temperature than the 0.5 of now" in said
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    write_problems(tmp_path / "p.jsonl", [{"question": f"{i}?", "answer": "#### 7"} for i in range(20)])
+    write_problems(tmp_path / "v.jsonl", [{"question": "x", "answer": "#### 1"}])
+    command = [sys.executable, ROOT / "distill.py", "--trace", f"--teacher={Server().url}", "--problems=p.jsonl", "--eval", "v.jsonl"]
+    limits = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    done = subprocess.run([*command, "--traces=t.jsonl"], cwd=tmp_path, capture_output=True, text=True, check=False, **limits)
+    assert done.returncode == 2 and done.stderr == "error: t.jsonl: File too large: free some space or write elsewhere\n"
 
 
 def test_killed_while_asking_nothing_is_lost_or_doubled(tmp_path):
@@ -210,7 +326,11 @@ def test_traces_of_another_teacher_and_broken_ones_are_refused(tmp_path):
     assert list(read_traces(path, "x")) == [("a", 0), ("a", 1)]
     with pytest.raises(InputError, match="holds answers of x, not of y: remove it or name another --traces"):
         read_traces(path, "y")
-    for other in ("[]", "5", line + "}", '{"key": "a", "sample": 0}'):
+    good = json.loads(line + ', "teacher": "x"}')
+    wrong = [("tokens", None), ("answer", None), ("question", 5), ("correct", 1), ("max_new_tokens", None), ("sample", []),
+             ("answer", "\ud800")]  # fmt: skip
+    edited = [json.dumps(good | {name: value}) for name, value in wrong]
+    for other in ("[]", "5", line + "}", '{"key": "a", "sample": 0}', "[" * 99999, *edited):
         path.write_text(other + "\n")
         with pytest.raises(InputError, match=r"t.jsonl:1: not a trace"):
             read_traces(path, None)
