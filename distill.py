@@ -35,7 +35,7 @@ import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from curves import draw_curves, trim_log
 from device import DTYPES, Device, StopNotice
-from exact_match import Problem, final_number, majority, problem_key, read_problems, wilson
+from exact_match import Problem, final_number, majority, problem_files, read_problems, refuse_leaks, wilson
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
 from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, prompt_ids
@@ -405,17 +405,6 @@ def load_problems(name: str, limit: int | None, skip_bad: bool, say) -> list[Pro
     return problems[:limit]
 
 
-def refuse_leaks(name: str, questions: list[str], evals: dict[str, list[Problem]]):
-    """InputError if a question is in an evaluation file too, or if the file calls itself a test split."""
-    if re.search(r"(?<![a-z])test(?![a-z])", Path(name).name.lower()):
-        raise InputError(f"{name} is a test split: it may measure a model (--eval), never train one")
-    keys = {problem_key(question) for question in questions}
-    for held_out, problems in evals.items():
-        leaked = len(keys & {problem_key(problem.question) for problem in problems})
-        if leaked:
-            raise InputError(f"{leaked} of the {len(problems)} questions of {held_out} are in {name} too: train on other problems")
-
-
 def find_student(args) -> Path:
     """The checkpoint to start from. When none is named and the newest run is itself a distillation, that one is continued."""
     path = find_checkpoint(args.student)
@@ -463,11 +452,11 @@ def distill(args, device: Device, say):
     if args.traces and not teacher:
         traces = teachers.read_traces(args.traces, None)
         pairs = teachers.chosen_traces(traces, args.keep, say)
-        refuse_leaks(str(args.traces), [trace["question"] for trace in traces.values()], evals)
+        refuse_leaks(str(args.traces), [str(args.traces)], [trace["question"] for trace in traces.values()], evals)
     else:
         name = args.problems or f"{DATA}/problems_train.jsonl"
         problems = load_problems(name, args.num_problems, args.skip_bad, say)
-        refuse_leaks(name, [problem.question for problem in problems], evals)
+        refuse_leaks(name, [path for path, _ in problem_files(name)], [problem.question for problem in problems], evals)
         if teacher and args.samples:
             path = args.traces or Path("out") / f"traces_{re.sub(r'[^A-Za-z0-9.-]+', '_', args.teacher.strip('/'))}.jsonl"
             if device.ranks > 1:

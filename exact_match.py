@@ -12,8 +12,9 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 from sources import InputError, hub_errors, parquet_records, source_files
@@ -126,13 +127,16 @@ def records(name: str, file) -> Iterator[tuple[str, object]]:
                 yield f"{name}:{number}", InputError(f"{name}:{number}: malformed JSON ({problem})")
 
 
+def problem_files(name: str) -> list[tuple[str, Callable]]:
+    """(name, opener) of the files of a source that can hold problems."""
+    return [(path, opener) for path, opener in source_files(name) if not path.lower().endswith((".txt", ".md"))]
+
+
 def read_problems(name: str, skip_bad: bool) -> tuple[list[Problem], int]:
     """(the problems of a .jsonl, .jsonl.gz or .parquet file, a folder of them or an hf:// address, lines left out); a question that
     comes twice counts once. Raises InputError, for a bad line unless `skip_bad`, and if there is no problem at all."""
     problems, skipped = {}, 0
-    for path, opener in source_files(name):
-        if path.lower().endswith((".txt", ".md")):
-            continue
+    for path, opener in problem_files(name):
         try:
             with hub_errors(path) if path.startswith("hf://") else contextlib.nullcontext(), opener() as file:
                 for where, record in records(path, file):
@@ -149,3 +153,18 @@ def read_problems(name: str, skip_bad: bool) -> tuple[list[Problem], int]:
     if not problems:
         raise InputError(f"{name} holds no problems: expected JSON lines with question and answer")
     return list(problems.values()), skipped
+
+
+def refuse_leaks(name: str, paths: list[str], questions: list[str], evals: dict[str, list[Problem]]):
+    """InputError if a question to train on is in an evaluation file too, or if the source, one of its files (`paths`) or a folder in
+    it calls itself a test split; what is above the source does not matter."""
+    above = max(0, len(Path(name).parts) - 1)
+    for path in paths:
+        parts = Path(path).parts
+        if any(re.search(r"(?<![a-z])test(?![a-z])", part.lower()) for part in (*parts[above:], parts[-1])):
+            raise InputError(f"{path} is a test split: it may measure a model (--eval), never train one")
+    keys = {problem_key(question) for question in questions}
+    for held_out, problems in evals.items():
+        leaked = len(keys & {problem_key(problem.question) for problem in problems})
+        if leaked:
+            raise InputError(f"{leaked} of the {len(problems)} questions of {held_out} are in {name} too: train on other problems")

@@ -321,6 +321,17 @@ def test_training_on_what_is_evaluated_is_refused(here):
     for name in ("test.jsonl", "gsm8k_test.jsonl", "test-00000-of-00001.jsonl"):
         (here / name).write_bytes((here / "train.jsonl").read_bytes())
         refused("is a test split: it may measure a model", "--student=out/flow", f"--problems={name}", "--eval", "val.jsonl")
+    folder = here / "test/fold"  # a folder of problems is judged by what is in it, not by what is above it
+    (folder / "test").mkdir(parents=True)
+    write_problems(folder / "train.jsonl", lines_of(here / "train.jsonl"))
+    options = ["--student=out/flow", "--eval", "val.jsonl", "--epochs=1", "--num_eval=1", "--out=out/fold", *SHORT]
+    distill.main([f"--problems={folder}", *options])
+    for name in ("test.jsonl", "gsm8k_test.jsonl", "test/data.jsonl"):
+        (folder / name).write_bytes((here / "train.jsonl").read_bytes())
+        refused(f"test/fold/{name} is a test split", f"--problems={folder}", *options, "--skip_bad")
+        (folder / name).unlink()
+    (folder / "train.jsonl").rename(folder / "test/train.jsonl")
+    refused("test/fold/test/train.jsonl is a test split", f"--problems={folder / 'test'}", *options)
     done = call("--student=out/flow", "--problems=both.jsonl", "--eval", "val.jsonl", cwd=here)
     assert done.returncode == 2 and done.stderr == (
         "error: 3 of the 6 questions of val.jsonl are in both.jsonl too: train on other problems\n"
