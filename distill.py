@@ -20,7 +20,7 @@ import math
 import os
 import re
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -156,13 +156,18 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
     """Train the student on (question, answer) pairs; leaves last.pt, log.jsonl and curves.png in args.out."""
     model, tokenizer, source = load_model(student, device.torch)
     check_tokenizer(student, tokenizer, model.config.vocab_size)
+    limit = min(getattr(network.config, "max_seq_len", math.inf) for network in (model, teacher.model if teacher else model))
+    if args.seq_len > limit:
+        say(f"--seq_len={limit}, not {args.seq_len}: {'student or teacher' if teacher else 'the student'} reads no more")
+        args.seq_len = limit
     examples = Examples(pairs, tokenizer, args.seq_len)
     held_out = Examples([(p.question, p.answer) for p in val[:VAL_EXAMPLES]], tokenizer, args.seq_len)
     size = args.batch_size * args.grad_accum * device.ranks  # examples of an optimizer step
     n = len(examples.rows)
     if n < size or not held_out.rows:
         few = f"{n:,} examples" if n < size else "0 evaluation problems"
-        raise InputError(f"{few} of at most {args.seq_len:,} tokens, a step takes {size}: give more, raise --seq_len or lower --batch_size")
+        raise InputError(f"{few} of at most {args.seq_len:,} tokens, a step takes {size}: give more or shorter ones, raise --seq_len or "
+                         "lower --batch_size")
     steps = max(1, round(args.epochs * (n // size)))
     peak_lr = args.lr or LR[args.optimizer] * (128 / model.config.d_model) ** 0.5
     if source["model"] == "pulse":  # what it paid for its spikes while it learned to write, unless told otherwise
@@ -324,10 +329,14 @@ def evaluate(student: LocalTeacher, problems: list[Problem], args, transcripts: 
 
 def evaluate_all(checkpoint: Path, label: str, folder: Path, evals: dict[str, list[Problem]], args, device: Device, say):
     student = checkpoint_teacher(checkpoint, device.torch, args.gen_batch_size)
-    stems = {name: re.sub(r"\.(jsonl|jsonl\.gz|parquet)$", "", Path(name).name) for name in evals}
+    bare, taken = {name: re.sub(r"\.(jsonl|jsonl\.gz|parquet)$", "", name) for name in evals}, set()
     for name, problems in evals.items():
-        unique = list(stems.values()).count(stems[name]) == 1
-        stem = stems[name] if unique else re.sub(r"[^A-Za-z0-9.-]+", "_", name.strip("./"))
+        stem = Path(bare[name]).name
+        if [Path(path).name for path in bare.values()].count(stem) > 1:
+            stem = re.sub(r"[^A-Za-z0-9.-]+", "_", bare[name]).strip("._")
+        while stem in taken:  # x/e and ../x/e
+            stem += "_2"
+        taken.add(stem)
         transcripts = folder / f"eval_{label}_{stem}.jsonl"
         say(f"{label} {stem}: {evaluate(student, problems, args, transcripts)}; {transcripts}", flush=True)
 
@@ -411,10 +420,17 @@ def find_student(args) -> Path:
     if args.student is None and (settings := load_checkpoint(path).get("settings", {})) and "student" in settings:
         args.out = args.out or path.parent
         path = Path(settings["student"].rpartition("@")[0])
-    home = path.resolve() if path.is_dir() else path.resolve().parent
-    args.out = args.out or Path("out") / f"{home.name}_distilled"
-    if args.out.resolve() == home:
-        raise InputError(f"--out={args.out} holds the student, whose last.pt the run would replace: name another folder")
+    used = {"student": path} | ({"teacher": Path(args.teacher)} if args.teacher and os.path.exists(args.teacher) else {})
+    homes = {role: where.resolve() if where.is_dir() else where.resolve().parent for role, where in used.items()}
+    args.out = args.out or Path("out") / f"{homes['student'].name}_distilled"
+    for role, home in homes.items():
+        if args.out.resolve() == home:
+            raise InputError(f"--out={args.out} holds the {role}, whose last.pt the run would replace: name another folder")
+    last, phase = args.out / "last.pt", PHASE
+    with suppress(InputError) if args.fresh else nullcontext():  # --fresh also replaces a file that is cut short
+        phase = load_checkpoint(last)["phase"] if last.exists() else PHASE
+    if phase != PHASE:
+        raise InputError(f"{last} is phase {phase} of train.py, unfinished: let train.py end it, or name another --out")
     return path
 
 

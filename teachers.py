@@ -13,6 +13,7 @@ import email.utils
 import fcntl
 import http.client
 import json
+import math
 import os
 import queue
 import random
@@ -88,21 +89,27 @@ class LocalTeacher:
         self.encode, self.batch_size = encode, batch_size
 
     def answers(self, jobs: list[Job], temperature: float, max_new_tokens: int, seed: int) -> Iterator[tuple[Job, Answer]]:
-        """The answers to all jobs, each as soon as it ends. Greedy ones are those each question would get alone."""
+        """The answers to all jobs, each as soon as it ends, at the latest where the model's context does. Greedy ones are those each
+        question would get alone."""
         prompts = {job.key: self.encode(self.tokenizer, job.question) for job in jobs}
-        jobs = sorted(jobs, key=lambda job: len(prompts[job.key]))  # rows of a batch wait for the longest prompt
+        limit = getattr(self.model.config, "max_seq_len", math.inf)  # Pulse has none
+        room = {key: min(max_new_tokens, limit - len(prompt)) for key, prompt in prompts.items()}
+        yield from ((job, Answer("", 0, "length")) for job in jobs if room[job.key] <= 0)
+        jobs = [job for job in jobs if room[job.key] > 0]
+        jobs.sort(key=lambda job: len(prompts[job.key]))  # rows of a batch wait for the longest prompt
         for i in range(0, len(jobs), self.batch_size):
             batch = jobs[i : i + self.batch_size]
             torch.manual_seed(zlib.crc32(f"{seed} {batch[0].key} {batch[0].sample}".encode()))  # other samples after a restart
             made: list[list[int]] = [[] for _ in batch]
             options = dict(temperature=temperature, stop_ids=list(self.stop_ids))
-            for step in generate(self.model, [prompts[job.key] for job in batch], max_new_tokens, **options):
+            longest = max(room[job.key] for job in batch)
+            for step in generate(self.model, [prompts[job.key] for job in batch], longest, **options):
                 for job, ids, token in zip(batch, made, step.tolist()):
-                    if token < 0:
+                    if token < 0 or len(ids) == room[job.key]:
                         continue
                     ids.append(token)
                     ended = token in self.stop_ids
-                    if ended or len(ids) == max_new_tokens:
+                    if ended or len(ids) == room[job.key]:
                         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
                         yield job, Answer(text, len(ids), "stop" if ended else "length")
 

@@ -1,6 +1,7 @@
 """distill.py: local teachers against transformers, what a student is trained on, exact resume after SIGKILL, evaluation, and what bad
 input gets."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -71,6 +72,22 @@ def test_a_checkpoint_answers_in_a_batch_what_it_answers_alone(room):
             ids = torch.cat(list(generate(model, [prompt_ids(tokenizer, job.question)], 9, 0, stop_ids=[0, 2]))).tolist()
             cut = ids[-1] not in (0, 2)
             assert together[job] == Answer(tokenizer.decode(ids if cut else ids[:-1]), len(ids), "length" if cut else "stop")
+
+
+def test_an_answer_ends_where_the_context_does(room):
+    jobs = [Job(str(i), 0, p["question"][: 10 + 12 * i]) for i, p in enumerate(lines_of(room / "train.jsonl")[:6])]
+    teacher = teachers.checkpoint_teacher(room / "out/flow/phase3.pt", "cpu", 4)
+    teacher.stop_ids = set()
+    lengths = {job: len(prompt_ids(teacher.tokenizer, job.question)) for job in jobs}
+    limit = sorted(lengths.values())[3] + 5
+    teacher.model.config = dataclasses.replace(teacher.model.config, max_seq_len=limit)
+    answers = dict(teacher.answers(jobs, 0, 9, 0))
+    assert len(answers) == 6 and {answer.finish for answer in answers.values()} == {"length"}
+    assert [answers[job].tokens for job in jobs] == [max(0, min(9, limit - lengths[job])) for job in jobs]
+    for job in jobs:
+        teacher.model.config = dataclasses.replace(teacher.model.config, max_seq_len=1000)
+        whole = dict(teacher.answers([job], 0, max(1, answers[job].tokens), 0))[job]
+        assert answers[job] == whole or answers[job] == Answer("", 0, "length") and lengths[job] >= limit
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +240,11 @@ def test_a_folder_of_hugging_face_is_a_student_too(room):
 def test_two_evaluation_files_of_one_name(room):
     (room / "other").mkdir()
     write_problems(room / "other/val.jsonl", lines_of(room / "new.jsonl"))
-    output = works("--evaluate", "--student=out/pulse", "--eval", "val.jsonl", "other/val.jsonl", *SHORT, cwd=room)
-    assert "phase3 val.jsonl: " in output and "phase3 other_val.jsonl: " in output
-    assert [len(lines_of(room / f"out/pulse/eval_phase3_{name}.jsonl")) for name in ("val.jsonl", "other_val.jsonl")] == [6, 4]
+    files = ["val.jsonl", "other/val.jsonl", f"../{room.name}/other/val.jsonl", "./other/val.jsonl", "./val.jsonl"]
+    output = works("--evaluate", "--student=out/pulse", "--eval", *files, *SHORT, cwd=room)
+    names = ["val", "other_val", f"{room.name}_other_val", "other_val_2", "val_2"]
+    assert all(f"phase3 {name}: " in output for name in names)
+    assert [len(lines_of(room / f"out/pulse/eval_phase3_{name}.jsonl")) for name in names] == [6, 4, 4, 4, 6]
 
 
 def test_pulse_pays_for_its_spikes_in_distillation_too(room):
@@ -359,6 +378,39 @@ def test_impossible_commands(here):
     refused("out/none holds no checkpoint yet", "--evaluate", "--student=out/none", "--eval", "val.jsonl")
     refused("--teacher=nowhere does not exist", *base, "--teacher=nowhere")
     refused("holds more than an address: a key belongs into OPENAI_API_KEY", *base, "--teacher=http://me:secret@localhost/v1")
+
+
+def test_checkpoints_that_are_not_this_runs_are_left_alone(here):
+    base = ["--student=out/flow", "--problems=train.jsonl", "--eval", "val.jsonl"]
+    (here / "out/begun").mkdir()
+    unfinished = here / "out/begun/last.pt"
+    save_checkpoint(unfinished, load_checkpoint(here / "out/pulse/phase3.pt") | {"phase": 2})
+    before = unfinished.read_bytes()
+    for fresh in ([], ["--fresh"]):
+        refused("out/begun/last.pt is phase 2 of train.py, unfinished: let train.py end it, or name", *base, "--out=out/begun", *fresh)
+    assert unfinished.read_bytes() == before
+    for teacher in ("out/begun", "out/begun/last.pt"):
+        refused("--out=out/begun holds the teacher, whose last.pt the run would replace", *base, "--out=out/begun", f"--teacher={teacher}")
+    (here / "out/flow_distilled").mkdir(exist_ok=True)
+    refused("--out=out/flow_distilled holds the teacher", *base, "--teacher=out/flow_distilled")
+    unfinished.write_bytes(before[:999])
+    refused("is cut short or not a checkpoint", *base, "--out=out/begun")
+    refused("--teacher=nowhere does not exist", *base, "--out=out/begun", "--fresh", "--teacher=nowhere")  # later: --fresh replaces it
+
+
+def test_a_student_learns_no_more_than_it_can_read(here, capsys):
+    state = load_checkpoint(here / "out/flow/phase3.pt")
+    (here / "out/narrow").mkdir()
+    save_checkpoint(here / "out/narrow/phase3.pt", state | {"config": state["config"] | {"max_seq_len": 160}})
+    rows = Examples([(p["question"], p["answer"]) for p in lines_of(here / "train.jsonl")], tokenizer_of(here), 160)
+    assert 4 < len(rows.rows) < 36
+    options = ["--problems=train.jsonl", "--eval", "val.jsonl", "--num_eval=3", "--epochs=1", *SHORT]
+    distill.main(["--student=out/narrow", *options])
+    said = capsys.readouterr().out
+    assert "--seq_len=160, not 1024: the student reads no more" in said
+    assert f"{len(rows.rows)} examples of" in said and f"; {rows.too_long} longer than --seq_len=160 left out" in said
+    distill.main(["--student=out/pulse", "--teacher=out/narrow", "--samples=0", "--out=out/from_narrow", *options])
+    assert "--seq_len=160, not 1024: student or teacher reads no more" in capsys.readouterr().out
 
 
 def test_teachers_that_do_not_fit(here, qwen, tmp_path):
