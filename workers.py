@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 WORKERS = min(8, os.cpu_count())  # more would wait for the process that reads and writes
 
@@ -36,7 +37,7 @@ def start_worker(setup: Callable | None = None, *arguments):
 
 def ordered_map(function: Callable, items: Iterable, workers: int, *setup) -> Iterator:
     """map() over worker processes, in order, with only a few items under way; without processes for a single item. `setup`, a function
-    and its arguments, is called first in every process that maps."""
+    and its arguments, is called first in every process that maps. Raises InputError if a worker is killed."""
     items = iter(items)
     ahead = list(itertools.islice(items, 2))
     if workers == 1 or len(ahead) < 2:
@@ -53,5 +54,9 @@ def ordered_map(function: Callable, items: Iterable, workers: int, *setup) -> It
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool:
+            from sources import InputError  # not above: sources.py imports corpus.py, which imports this file
+
+            raise InputError("a worker process was killed, perhaps because memory ran out: free some of it, then start again") from None
         finally:
             pool.shutdown(cancel_futures=True)
