@@ -21,25 +21,40 @@ from sources import InputError, hub_errors, parquet_records, source_files
 
 # --------------------------------------------------------------------------------------------------------------- numbers
 
-SIGN = r"(?<![\w.])(?:[-−–]\s*[$€£]?|[$€£]\s*[-−]?)?\s*"  # -5, $5, -$5, $-5
-NUMBER = re.compile(SIGN + r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+(?!\d|\.\d))?"
+CURRENCY = "$€£₹¥"
+SIGN = rf"(?<![\w.])(?:[-−–]\s*[{CURRENCY}]?|[{CURRENCY}]\s*[-−]?)?\s*"  # -5, $5, -$5, $-5
+GROUPED = r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d|,\d)|\d+)"  # 1,234,567 or 12,34,567 as in India
+NUMBER = re.compile(SIGN + GROUPED + r"(?: \d+/\d+(?!\d|\.\d)"  # 2 1/2
+                    r"|(?:\.\d+)?(?:[eE][-+]?\d+(?!\w)|\s*/\s*\d+(?!\d|\.\d))?)"  # 2.5, 2.5e3, 3/4
                     "|" + SIGN + r"\.\d+|\d+(?:\.\d+)?")  # fmt: skip
 LONGEST_NUMBER = 4000  # characters; Python makes no int of more than 4,300 digits
-MARK = re.compile(r"####|\\boxed\s*\{")
-PHRASE = re.compile(r"\banswer\W*(?:is|:|=)\W*?(?=[-−–$€£.\d\\])(.*)", re.IGNORECASE)
+FRACTION = re.compile(r" ?\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")  # \frac{3}{4}, \frac34
+# Behind a number, where reasons and checks begin, whose equals signs lead to other numbers.
+ASIDE = re.compile(r"\([^()]*=|\b(?:because|since|as|where|when|if|given)\b|[.!?;]\s(?!\s*=)")
+MARK = re.compile(r"####+|\\boxed\s*\{")
+HEADING = re.compile(r"\W{0,9}(?:(?:step|part|case|method|problem|question)\s*\d|check|verif)", re.IGNORECASE)  # Markdown has #### too
+ANSWER_BELOW = re.compile(r"####\W{0,9}(?:the )?(?:final )?answer[^\w\n]*\n\s*(?=\W{0,9}\d|the answer)", re.IGNORECASE)
+PHRASE = re.compile(rf"\banswer\W*(?:is|:|=)\W*?(?=([-−–{CURRENCY}.\d\\].*))", re.IGNORECASE)
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The first number in a short text: 1,234 or $12.50 or -3 or 3/4 or \\frac{3}{4}; the part behind an equals sign if there is one."""
-    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
-    text = text.replace("{,}", ",").replace("\\$", "$")
+    """The first number in a short text: 1,234 or $12.50 or -3 or 3/4 or \\frac{3}{4} or 2 1/2 or 1.5e3; the part behind an equals sign
+    if there is one."""
+    text = FRACTION.sub(r" \1\2/\3\4", text).replace("{,}", ",").replace("\\$", "$")
     text = re.sub(r"\\[!,;]", "", text)
-    text = re.sub(r"\\[a-z]+|[{}*\\]", " ", text)
+    text = re.sub(r"\\[a-z]+|\\[()\[\]]|[{}*\\]", " ", text)
+    if (first := NUMBER.search(text)) and (aside := ASIDE.search(text, first.end())):
+        text = text[: aside.start()]
     for part in reversed(text.split("=")):
         if (match := NUMBER.search(part)) and len(match[0]) <= LONGEST_NUMBER:
-            found = re.sub(r"[\s,$€£]", "", match[0].replace("−", "-").replace("–", "-"))
-            above, _, below = found.partition("/")
-            return Fraction(above) / Fraction(below or 1) if Fraction(below or 1) else None
+            found = re.sub(rf"[,{CURRENCY}]", "", match[0].replace("−", "-").replace("–", "-")).strip()
+            if re.search(r"[eE][-+]?\d{3}", found):  # more digits than are worth writing out
+                return None
+            terms = [term.partition("/") for term in re.sub(r"\s*/\s*", "/", found.lstrip("- ")).split()]
+            if any(below and not Fraction(below) for _, _, below in terms):
+                return None
+            size = sum(Fraction(above) / Fraction(below or 1) for above, _, below in terms)
+            return -size if found.startswith("-") else size
     return None
 
 
@@ -48,10 +63,11 @@ def final_number(text: str) -> Fraction | None:
 
     Without any of these None: the last number of a text may be anything.
     """
-    marks = list(MARK.finditer(text))
+    text = ANSWER_BELOW.sub("#### ", text)
+    marks = [mark for mark in MARK.finditer(text) if not HEADING.match(text, mark.end())]
     for mark in reversed(marks):
         rest = text[mark.end() :]
-        if mark[0] == "####":
+        if mark[0].startswith("#"):
             rest = rest.strip().partition("\n")[0]
         else:
             depth = 1
