@@ -109,15 +109,17 @@ class Bench:
                     times[name].append(seconds)
         return times
 
-    def record(self, figure: str, value: float, unit: str, against: str, there: float, goal=None, times=None):
+    def record(self, figure: str, value: float, unit: str, against: str, there: float, goal=None, times=None, own=None):
         """Print and keep one result; its ratio is value / there. `goal` is ("at least" or "at most", ratio), `times` are those of
-        alternate(), this side's first."""
+        alternate(), of which those called `own` are this side's (default: the first)."""
         ratio, met, wanted, spread = value / there, None, "", ""
         if goal and not self.quick:
             met = ratio >= goal[1] if goal[0] == "at least" else ratio <= goal[1]
             wanted = f"{goal[0]} {goal[1]:g}: {'met' if met else 'MISSED'}"
         if times:
-            ours = next(iter(times.values()))
+            own = next(iter(times)) if own is None else own
+            ours, times = times[own], {own: times[own]} | times  # in the file this side's are the first
+        if times and len(ours) > 1:
             spread = f"{(max(ours) - min(ours)) / statistics.median(ours):.0%}"
         cells = (self.row, figure, f"{number(value)} {unit}", against, f"{number(there)} {unit}", f"{ratio:.3g}", wanted, spread)
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -10,11 +10,14 @@ import pytest
 import torch
 from conftest import ROOT
 
+import bench_gpu
 import by_hand
 import memory
 import model as flow
 import peers
-from bench import ROWS, TINY, TINY_PULSE
+import train
+from bench import ROWS, TINY, TINY_PULSE, rounds
+from device import Device
 from measure import Bench, state_bytes
 from model import Flow, FlowConfig
 from muon import build_optimizers
@@ -46,6 +49,9 @@ def test_every_row(tmp_path):
         assert result["value"] > 0 and result["there"] > 0 and result["ratio"] == pytest.approx(result["value"] / result["there"])
         assert result["met"] is None, "tiny sizes meet or miss no goal"
         assert all(len(seconds) == 1 for seconds in (result["seconds"] or {}).values())
+        if result["unit"] not in ("MB", "bytes", "bits per byte"):
+            assert len(result["seconds"]) > 1, f"{result['figure']}: the times of what it is compared with"
+    assert "decoding nano, --int8 (none is large enough), 8 tokens" in [result["figure"] for result in results]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +102,31 @@ def test_ratios_and_goals(tmp_path, capsys):
     assert [(r["value"], r["there"], r["ratio"], r["met"]) for r in b.results] == [(5, 2, 2.5, True), (15, 2, 7.5, False)]
     out = capsys.readouterr().out
     assert "| at least 2: met | 150% |" in out and "| at most 2: MISSED | 150% |" in out
+
+
+def test_gpu_rows_keep_all_times(tmp_path, monkeypatch):
+    """On the CPU, not compiled: what they record, not how fast it is."""
+    device = Device("cpu")
+    device.peak_flops = lambda: (1e12, "invented")
+    monkeypatch.setattr(bench_gpu, "gpu", lambda: device)
+    monkeypatch.setattr(train, "compile_parts", lambda model: None)
+    monkeypatch.setattr(bench_gpu, "PULSE_PRESETS", {"nano": TINY_PULSE})
+    monkeypatch.setattr(bench_gpu, "PRESETS", dict.fromkeys(flow.PRESETS, TINY))
+    monkeypatch.setattr(train, "RECIPES", {n: dataclasses.replace(r, tokens_per_step=(2048,) * 3) for n, r in train.RECIPES.items()})
+    b = bench(tmp_path, repeats=2, quick=True)
+    for row in (bench_gpu.gpu_training, bench_gpu.gpu_pulse):
+        b.row = row.__name__
+        row(b)
+    names = {"gpu_training": {"compiled", "not compiled", "update"}, "gpu_pulse": {"compiled", "not compiled", "Flow"}}
+    for result in b.results:
+        assert names[result["row"]] <= result["seconds"].keys() and all(len(seconds) == 2 for seconds in result["seconds"].values())
+        own = next(iter(result["seconds"]))
+        assert own in result["figure"] or own == "update"
+    assert next(iter(b.results[3]["seconds"])) == "update" and "clipping" in b.results[3]["figure"]
+
+
+def test_which_decoders_have_8_bit_weights():
+    assert not rounds(Flow(TINY)) and rounds(Flow(dataclasses.replace(TINY, vocab_size=4096)))  # its head is large enough
 
 
 def test_peers_do_the_same_work():
