@@ -157,17 +157,15 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
     model, tokenizer, source = load_model(student, device.torch)
     check_tokenizer(student, tokenizer, model.config.vocab_size)
     limit = min(getattr(network.config, "max_seq_len", math.inf) for network in (model, teacher.model if teacher else model))
-    if args.seq_len > limit:
-        say(f"--seq_len={limit}, not {args.seq_len}: {'student or teacher' if teacher else 'the student'} reads no more")
-        args.seq_len = limit
+    args.seq_len = min(args.seq_len, limit)  # longer examples are counted as left out
     examples = Examples(pairs, tokenizer, args.seq_len)
     held_out = Examples([(p.question, p.answer) for p in val[:VAL_EXAMPLES]], tokenizer, args.seq_len)
     size = args.batch_size * args.grad_accum * device.ranks  # examples of an optimizer step
     n = len(examples.rows)
     if n < size or not held_out.rows:
         few = f"{n:,} examples" if n < size else "0 evaluation problems"
-        raise InputError(f"{few} of at most {args.seq_len:,} tokens, a step takes {size}: give more or shorter ones, raise --seq_len or "
-                         "lower --batch_size")
+        remedy = "give more or shorter ones, raise --seq_len or lower --batch_size"
+        raise InputError(f"{few} of at most {args.seq_len:,} tokens, a step takes {size}: {remedy}")
     steps = max(1, round(args.epochs * (n // size)))
     peak_lr = args.lr or LR[args.optimizer] * (128 / model.config.d_model) ** 0.5
     if source["model"] == "pulse":  # what it paid for its spikes while it learned to write, unless told otherwise
@@ -429,8 +427,8 @@ def find_student(args) -> Path:
     last, phase = args.out / "last.pt", PHASE
     with suppress(InputError) if args.fresh else nullcontext():  # --fresh also replaces a file that is cut short
         phase = load_checkpoint(last)["phase"] if last.exists() else PHASE
-    if phase != PHASE:
-        raise InputError(f"{last} is phase {phase} of train.py, unfinished: let train.py end it, or name another --out")
+    if phase != PHASE or any(args.out.glob("phase[123].pt")):
+        raise InputError(f"--out={args.out} holds a run of train.py{', unfinished' * (phase != PHASE)}: name another folder")
     return path
 
 
@@ -483,6 +481,8 @@ def distill(args, device: Device, say):
     if args.trace:
         say(f"next: python distill.py --traces={path} --eval FILE --student=...")
         return
+    if not pairs:
+        raise InputError("no answer is left to learn from: take a better --teacher, --keep=all, or a larger --max_new_tokens")
     train(args, student, pairs, evals[names[0]], compared, device, say)
     if device.rank == 0:
         for checkpoint, label in ((student, "before"), (args.out / "last.pt", "after")):
@@ -493,7 +493,7 @@ def distill(args, device: Device, say):
 def main(argv=None):
     args = parse_args(argv)
     with Device(args.device, args.dtype) as device:
-        distill(args, device, print if device.rank == 0 else lambda *_, **__: None)
+        distill(args, device, device.say)
 
 
 if __name__ == "__main__":

@@ -387,7 +387,8 @@ def test_checkpoints_that_are_not_this_runs_are_left_alone(here):
     save_checkpoint(unfinished, load_checkpoint(here / "out/pulse/phase3.pt") | {"phase": 2})
     before = unfinished.read_bytes()
     for fresh in ([], ["--fresh"]):
-        refused("out/begun/last.pt is phase 2 of train.py, unfinished: let train.py end it, or name", *base, "--out=out/begun", *fresh)
+        refused("--out=out/begun holds a run of train.py, unfinished: name another folder", *base, "--out=out/begun", *fresh)
+        refused("--out=out/pulse holds a run of train.py: name another folder", *base, "--out=out/pulse", *fresh)
     assert unfinished.read_bytes() == before
     for teacher in ("out/begun", "out/begun/last.pt"):
         refused("--out=out/begun holds the teacher, whose last.pt the run would replace", *base, "--out=out/begun", f"--teacher={teacher}")
