@@ -157,15 +157,16 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
     model, tokenizer, source = load_model(student, device.torch)
     check_tokenizer(student, tokenizer, model.config.vocab_size)
     limit = min(getattr(network.config, "max_seq_len", math.inf) for network in (model, teacher.model if teacher else model))
-    args.seq_len = min(args.seq_len, limit)  # longer examples are counted as left out
+    if args.seq_len > limit:
+        say(f"--seq_len={limit}, not {args.seq_len}: {'student or teacher' if teacher else 'the student'} reads no more")
+        args.seq_len = limit
     examples = Examples(pairs, tokenizer, args.seq_len)
     held_out = Examples([(p.question, p.answer) for p in val[:VAL_EXAMPLES]], tokenizer, args.seq_len)
     size = args.batch_size * args.grad_accum * device.ranks  # examples of an optimizer step
     n = len(examples.rows)
     if n < size or not held_out.rows:
         few = f"{n:,} examples" if n < size else "0 evaluation problems"
-        remedy = "give more or shorter ones, raise --seq_len or lower --batch_size"
-        raise InputError(f"{few} of at most {args.seq_len:,} tokens, a step takes {size}: {remedy}")
+        raise InputError(f"{few} of at most {args.seq_len:,} tokens, a step takes {size}: give more, raise --seq_len or lower --batch_size")
     steps = max(1, round(args.epochs * (n // size)))
     peak_lr = args.lr or LR[args.optimizer] * (128 / model.config.d_model) ** 0.5
     if source["model"] == "pulse":  # what it paid for its spikes while it learned to write, unless told otherwise
