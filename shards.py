@@ -5,7 +5,6 @@ that is foreign, cut short or of another tokenizer. meta.json beside them says w
 """
 
 import hashlib
-import itertools
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -85,8 +84,8 @@ def load_meta(folder) -> dict:
         meta = None
     try:
         whole = {"fingerprint", "vocab_size"} <= meta.keys()
-        for n, split in itertools.product("123", ("train", "val")):
-            whole = whole and all(isinstance(name, str) for name in meta["phases"][n][split]["shards"])
+        for split in (split for splits in meta["phases"].values() for split in splits.values()):
+            whole = whole and all(isinstance(name, str) for name in split["shards"])
     except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -96,7 +95,10 @@ def load_meta(folder) -> dict:
 
 def shard_paths(folder, phase: int, split: str) -> list[Path]:
     """The shards of a phase (1, 2, 3) and split ("train", "val") in order, as meta.json lists them."""
-    return [Path(folder) / name for name in load_meta(folder)["phases"][str(phase)][split]["shards"]]
+    try:
+        return [Path(folder) / name for name in load_meta(folder)["phases"][str(phase)][split]["shards"]]
+    except KeyError:
+        raise InputError(f"{folder}/meta.json lists no {split} shards of phase {phase}: make the data again with prepare.py") from None
 
 
 @lru_cache(maxsize=2)

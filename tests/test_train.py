@@ -428,9 +428,12 @@ def test_a_damaged_log_or_data_folder_is_one_line(finished, data, tmp_path):
         (tmp_path / "log.jsonl").write_text('{"phase": 1, "step": 5}\n' + line + "\n", errors="surrogateescape")
         fails("curves.py", tmp_path, match="log.jsonl:2 is no line of a log: remove it")
     shutil.copytree(data, tmp_path / "data")
-    for meta in ('{"fingerprint": "x", "vocab_size": 9, "phases": []}', '{"fingerprint": "x", "vocab_size": 9, "phases": {"2": {}}}', "[]"):
+    begin, foreign = '{"fingerprint": "x", "vocab_size": 400, "phases": ', "meta.json is not a meta.json of prepare.py: make the data again"
+    lacking = "meta.json lists no train shards of phase 1: make the data again"
+    wrong = {"[]": foreign, begin + "[]}": foreign, begin + '{"1": {"val": {}}}}': foreign, begin + '{"2": {}}}': lacking}
+    for meta, match in wrong.items():
         (tmp_path / "data/meta.json").write_text(meta)
-        fails("train.py", f"--data={tmp_path / 'data'}", match="meta.json is not a meta.json of prepare.py: make the data again")
+        fails("train.py", f"--data={tmp_path / 'data'}", match=match)
     shutil.copy(data / "meta.json", tmp_path / "data")
     (tmp_path / "data/tokenizer.json").write_bytes(b"\xff")
     fails("train.py", f"--data={tmp_path / 'data'}", match="tokenizer.json is not a tokenizer")
