@@ -202,6 +202,10 @@ def clean_item(item: str | list[dict]) -> tuple[str, int, bool]:
     return "" if empty else render_chat(messages), removed, broken
 
 
+def text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
+
+
 def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
     """Clean and judge (label, text or question-answer pairs) documents and compute the keys that copies share.
 
@@ -224,10 +228,9 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
             tally[BROKEN if broken else EMPTY] += (1, n_raw)
             continue
         chat = not isinstance(item, str)
-        same, side = (int.from_bytes(hashlib.blake2b(part.strip().encode(), digest_size=8).digest(), "little")
-                      for part in (text, text.partition("<|im_end|>")[0] if chat else text))  # fmt: skip
+        digest = text_hash(text)
         texts.append(data)
-        rows.append((len(data), len(text), same, side, label, chat))
+        rows.append((len(data), len(text), digest, text_hash(text.partition("<|im_end|>")[0]) if chat else digest, label, chat))
     index = np.array(rows, dtype=INDEX)
     if not texts:
         return Cleaned(b"", index, np.empty(0, KEY), tally, specials)

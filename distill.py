@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -36,6 +35,7 @@ from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkp
 from curves import draw_curves, trim_log
 from device import DTYPES, Device, StopNotice
 from exact_match import Problem, final_number, majority, problem_files, read_problems, refuse_leaks, wilson
+from loss import distillation_loss
 from muon import build_optimizers
 from prepare import ArgumentParser, InputError
 from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, prompt_ids
@@ -112,18 +112,6 @@ class Examples:
 
 
 # --------------------------------------------------------------------------------------------------------------- training
-
-
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, targets: Tensor, weight: float, temperature: float) -> Tensor:
-    """(1 - w) cross-entropy + w T² KL(teacher || student) at temperature T, mean in nats over targets >= 0 (arXiv:1503.02531, 2).
-
-    logits and teacher_logits [B, T, V], targets [B, T]. T² keeps the gradient's size where a high T would shrink it.
-    """
-    kept = targets >= 0
-    student, teacher = logits[kept].float(), teacher_logits[kept].float()  # [N, V]
-    hard = F.cross_entropy(student, targets[kept])
-    log_p, log_q = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
-    return (1 - weight) * hard + weight * temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
 def make_optimizers(kind: str, model, lr: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:

@@ -58,8 +58,7 @@ def training_memory(config: FlowConfig, batch_size: int, seq_len: int, checkpoin
     backward = always + parts["gradients"] + block
     # Checkpointing: a block is computed again while the inputs of all are still there, and no gradient of this micro-step yet.
     again = always + parts["activations"] + block if checkpointing else 0
-    accumulating = max(forward + parts["gradients"], backward, checkpointing * (again + parts["gradients"]))
-    return parts | {"peak": max(forward, backward, again), "peak_accumulating": accumulating}
+    return parts | {"peak": max(forward, backward, again), "peak_accumulating": max(max(forward, again) + parts["gradients"], backward)}
 
 
 def kept_bytes(model: Flow, idx: Tensor, targets: Tensor, autocast: AbstractContextManager) -> int:

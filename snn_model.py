@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from loss import linear_cross_entropy
-from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Recall, Square, Unit
+from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Square, Unit, associate
 
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
@@ -196,42 +196,6 @@ def time_constants(n: int, longest: float) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- the associative memory
-
-
-def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix that maps keys to values, written by the delta rule and leaking: only what it does not know yet is written.
-
-        S_t = a_t S_{t-1} + k_t (b_t (v_t - k_t a_t S_{t-1}))ᵀ         o_t = q_t S_t
-
-    q, k, v [B, H, T, D]; decay = log a_t and write = b_t [B, H, T]; S [B, H, D, D] -> o [B, H, T, D] and the last S.
-    Chunks of L tokens: what the tokens of a chunk write depends on each other through a triangular system, solved for all chunks
-    at once as a function of the S that a chunk starts with (arXiv:2406.06484); Recall then carries S from chunk to chunk.
-    """
-    B, H, T, D = q.shape
-    if T == 1:
-        S = S * decay.exp()[..., None]
-        S = S + k.mT @ (write[..., None] * (v - k @ S))
-        return q @ S, S
-    L = min(CHUNK if q.device.type == "cpu" else 2 * CHUNK, T)  # a GPU waits for each of Recall's small steps: rather fewer
-    pad, n = -T % L, -(-T // L)
-    if pad:  # neither writes nor forgets
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
-        decay, write = (F.pad(x, (0, pad)) for x in (decay, write))
-    q, k, v, decay, write, S = (x.flatten(0, 1) for x in (q, k, v, decay, write, S))
-    # Chunk by chunk, [n, B H, L, ...], as Recall reads them.
-    q, k, v, decay, write = (x.unflatten(1, (n, L)).transpose(0, 1).contiguous() for x in (q, k, v, decay, write))
-    c = decay.cumsum(-1)
-    a, w = c.exp()[..., None], write[..., None]
-    lower = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
-    fade = (c[..., :, None] - c[..., None, :]).masked_fill(~lower, -math.inf).exp()  # what is left of token j at token i
-    system = (w * (k @ k.mT) * fade).tril(-1) + torch.eye(L, dtype=q.dtype, device=q.device)
-    solved = torch.linalg.solve_triangular(system, torch.cat([w * v, w * a * k], -1), upper=False, unitriangular=True)
-    own, seen = solved.chunk(2, -1)  # a chunk writes own - seen S
-    kept = k * (c[..., -1:] - c).exp()[..., None]
-    S, writes = Recall.apply(own, seen, kept, a[..., -1:, :], S)
-    o = ((q @ k.mT) * fade) @ writes + a * (q @ S[:-1])
-    o = o.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).reshape(B, n * L, H, D)[:, :T]  # as they lie side by side in a token's row
-    return o.transpose(1, 2), S[-1].view(B, H, D, D).clone()  # a view would keep those of all chunks alive
 
 
 def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:

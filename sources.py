@@ -76,8 +76,7 @@ def source_files(name: str) -> list[tuple[str, Callable[[], BinaryIO]]]:
 def data_folder(names: list[str]) -> Path:
     """data/<stem of the first source that is not the built-in corpus>, where its data goes."""
     source = next((name for name in names if name != "builtin"), "builtin")
-    name = source
-    name = name.rstrip("/").rpartition("/")[2] if name.startswith("hf://") else Path(name).resolve().name
+    name = source.rstrip("/").rpartition("/")[2] if source.startswith("hf://") else Path(source).resolve().name
     for suffix in FILE_TYPES:
         name = name.removesuffix(suffix)
     if name == "builtin" != source:

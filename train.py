@@ -131,12 +131,22 @@ def check_same(path: Path, theirs: dict, ours: dict):
         raise InputError(f"{path} was trained with other settings ({'; '.join(differ)}): {remedy}")
 
 
-def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str):
+def beginning(args, phase: int) -> Path | None:
+    """What this command's first phase starts from: --init, the phase before in --out, or None for new weights. InputError if it cannot."""
+    before = args.out / f"phase{phase - 1}.pt"
+    if args.init and before.exists():
+        raise InputError(f"--init={args.init} is for a run's first weights, and {before} is there: name another --out or leave it out")
+    if phase == 3 and args.quieten and not args.init and not before.exists():
+        raise InputError(f"--quieten={args.quieten} is for a trained Pulse, and {args.out} holds no phase2.pt: train --phase=2 first")
+    return find_checkpoint(args.init) if args.init else before if before.exists() else None
+
+
+def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str, weights_only: bool):
     """Raise InputError when a phase cannot go on from a checkpoint with this network and these data."""
     check_same(path, {"model": checkpoint["model"], **checkpoint["config"]}, {"model": args.model, **dataclasses.asdict(config)})
     if checkpoint["tokenizer"] != tokenizer_json:
         raise InputError(f"{path} was trained with another tokenizer than that of {args.data}: use its data or another --out")
-    if "optimizer" not in checkpoint and not args.init:
+    if "optimizer" not in checkpoint and not weights_only:
         raise InputError(f"{path} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
 
 
@@ -276,9 +286,8 @@ def train(args, device: Device, say):
         raise InputError(f"--out={args.out} holds data of prepare.py: name another folder for the run")
     args.out.mkdir(parents=True, exist_ok=True)
     log, last = args.out / "log.jsonl", args.out / "last.pt"
-    before = args.out / f"phase{min(plan) - 1}.pt"
-    if args.fresh and before.exists() and not args.init:
-        check_start(before, load_checkpoint(before), args, config, tokenizer_json)
+    if args.fresh and (start := beginning(args, min(plan))):  # before anything is removed
+        check_start(start, load_checkpoint(start), args, config, tokenizer_json, bool(args.init))
     if args.fresh and device.rank == 0:
         try:
             begun = load_checkpoint(last)["phase"]
@@ -338,16 +347,15 @@ def train(args, device: Device, say):
         if later and not same_phase:
             why = f"{args.out}/phase{later[0]}.pt was trained without a phase {phase}"
             raise InputError(f"{why}: remove it with --fresh --phase={phase}, or name another --out")
-        first = args.init and phase == min(plan) and not same_phase  # weights of another run, and nothing else of it
-        if first and origin:
-            raise InputError(f"--init={args.init} is for a run's first weights, and {origin} is there: name another --out or leave it out")
-        if origin := find_checkpoint(args.init) if first else origin:
+        first = phase == min(plan) and not same_phase
+        origin, weights_only = beginning(args, phase) if first else origin, bool(first and args.init)  # of another run nothing else
+        if origin:
             checkpoint = load_checkpoint(origin)
             if same_phase:
                 check_same(origin, checkpoint["settings"], settings)
-            check_start(origin, checkpoint, args, config, tokenizer_json)
+            check_start(origin, checkpoint, args, config, tokenizer_json, weights_only)
             load_weights(model, checkpoint, origin)
-            if not first:
+            if not weights_only:
                 for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
                     optimizer.load_state_dict(state)
                     optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # AdamW's state brings that of the phase before along
@@ -360,8 +368,6 @@ def train(args, device: Device, say):
                 model.quieten(args.quieten)
             say(f"continuing {origin} at step {step:,}" if same_phase else f"starting from {origin}")
             del checkpoint
-        elif phase == 3 and args.quieten:
-            raise InputError(f"--quieten={args.quieten} is for a trained Pulse, and {args.out} holds no phase2.pt: train --phase=2 first")
         elif phase > 1:
             say(f"no {args.out}/phase{phase - 1}.pt: starting from new weights (the curriculum would train --phase={phase - 1} first)")
         if device.rank == 0:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 import bench_gpu
 import by_hand
+import loss
 import memory
 import model as flow
 import peers
@@ -199,6 +201,26 @@ def test_memory_estimate(monkeypatch):
     assert held == [estimate["muon"], estimate["adamw"]]
     assert estimate["weights"] == sum(p.nbytes for p in network.parameters())
     assert estimate["gradients"] == sum(p.grad.nbytes for p in network.parameters())
+
+
+def test_memory_peak(monkeypatch, tmp_path):
+    """With checkpointing it comes when the backward pass begins: all inputs are kept and a block is computed again."""
+    monkeypatch.setitem(loss.LOGITS, "cpu", 2**18)
+    monkeypatch.setitem(loss.LOGITS, "cuda", 2**18)  # what the estimate goes by
+    config = FlowConfig(n_layer=8, vocab_size=256)
+    network, idx = Flow(config).train(), torch.randint(config.vocab_size, (64, 32))
+    for network.checkpointing in (False, True):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            with torch.autocast("cpu", torch.bfloat16):
+                _, value = network(idx, idx)
+            value.backward()
+        network.zero_grad(set_to_none=True)
+        profile.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        changes = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]" and "Total Allocated" in event["args"]]
+        estimate = memory.training_memory(config, *idx.shape, network.checkpointing, qk_norm=2)
+        held = sum(estimate[what] for what in ("weights", "muon", "adamw"))
+        assert max(itertools.accumulate(changes)) == pytest.approx(estimate["peak"] - held, rel=0.12)
 
 
 def test_memory_table():

@@ -155,6 +155,10 @@ def test_a_run_can_start_from_another_s_weights(run, finished, tmp_path):
         run("--init=elsewhere", "--phase=1", "--steps=2", "--lr=1e-12", "--weight_decay=0")
     with pytest.raises(InputError, match="is for a run's first weights, and .*phase1.pt is there: name another --out or leave it out"):
         run(f"--init={finished}", "--phase=2", "--steps=2")
+    del first["optimizer"]
+    save_checkpoint(tmp_path / "run/phase1.pt", first)
+    with pytest.raises(InputError, match="phase1.pt is a copy for sampling"):
+        run(f"--init={finished}", "--steps=2", "--lr=1e-12", "--weight_decay=0")
     with pytest.raises(InputError, match=r"phase3.pt was trained with other settings .n_layer is 2 there, 3 here"):
         run(f"--init={finished}", "--n_layer=3", out="deeper")
     with pytest.raises(InputError, match="nowhere holds no checkpoint yet"):
