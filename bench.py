@@ -39,7 +39,7 @@ from decode import Decoder
 from measure import ROOT, TINY, Bench, adamw, greedy, medians, script, state_bytes, tokens, training_step, tree_bytes
 from model import PRESETS, Flow, FlowConfig
 from muon import Muon, build_optimizers
-from prepare import ArgumentParser, InputError
+from scripts import ArgumentParser, InputError, run
 from snn_model import Pulse
 
 FLOW_11M = FlowConfig(n_layer=6, n_head=6, n_kv_head=6, d_model=384, head_dim=64, d_ff=1024, global_every=6)
@@ -398,4 +398,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    run(main)

@@ -14,7 +14,7 @@ from device import Device
 from measure import TINY, Bench, greedy, medians, micro_step, tokens, update
 from model import PRESETS, Flow, attention_in_blocks, band, causal_attention
 from muon import build_optimizers
-from prepare import InputError
+from scripts import InputError
 from snn_model import PRESETS as PULSE_PRESETS, Pulse
 
 

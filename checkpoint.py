@@ -8,7 +8,6 @@ data fingerprint, and the tokenizer as its JSON text, so that the file alone is 
 
 import dataclasses
 import errno
-import os
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from tokenizers import Tokenizer
 import publish
 import snn_model
 from model import PRESETS, Flow, FlowConfig
-from prepare import WINDOWS, InputError
+from prepare import WINDOWS
+from scripts import InputError, whole_file
 from snn_model import Pulse, PulseConfig
 
 # What --model may be.
@@ -27,18 +27,11 @@ PHASES = {n: (name, WINDOWS[n]) for n, name in enumerate(("language foundations"
 
 def save_checkpoint(path: Path, checkpoint: dict):
     """Write a checkpoint so that `path` at any moment is the old one or the new one, never a part. Raises OSError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as problem:  # how torch's zip writer reports a write that failed
-                raise OSError(errno.ENOSPC, f"cannot be written ({problem})".splitlines()[0], str(path)) from problem
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path, "wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as problem:  # how torch's zip writer reports a write that failed
+            raise OSError(errno.ENOSPC, f"cannot be written ({problem})".splitlines()[0], str(path)) from problem
 
 
 def load_checkpoint(path: Path) -> dict:

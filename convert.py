@@ -33,7 +33,7 @@ import publish
 from checkpoint import MODELS, find_checkpoint, load_model
 from coreml_models import MAX_DIM, PREFILL, FlowOnDevice, PulseOnDevice, ranges
 from huggingface import read_json
-from prepare import ArgumentParser, InputError, run
+from scripts import ArgumentParser, InputError, run
 
 HERE = Path(__file__).resolve().parent
 # --compress: what coremltools is told. Only the matrices of conv and linear are compressed, so norms, gains, betas and

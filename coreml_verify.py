@@ -31,7 +31,7 @@ from coreml_models import ALIGN, MAX_DIM
 from mil_numpy import FP16_MAX, Package, type_of
 from model import generate
 from predict import Host
-from prepare import InputError
+from scripts import InputError
 from snn_model import Neuron, Pulse
 
 EXACT_LIMIT = 1e-4  # largest difference of a logit in exact arithmetic

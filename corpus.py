@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import inspect
 import itertools
-import multiprocessing
 import random
 import re
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from word_problems import Problem, problems
-from workers import start_worker
+from workers import WORKERS, chunks, ordered_map
 
 Document = str | list[Problem]  # prose, or one or more word problems
 
@@ -102,8 +101,8 @@ def modules(packages: tuple[str, ...]) -> list[Module]:
     module and in a validation module."""
     seen: set[str] = set()
     found = []
-    with multiprocessing.Pool(initializer=start_worker) as pool:
-        for name, units in pool.imap(read_module, source_files(packages), chunksize=16):
+    for batch in ordered_map(read_modules, chunks(source_files(packages), 16, lambda _: 1), WORKERS):
+        for name, units in batch:
             fresh = []
             for unit in units:
                 fresh.append([text for text in dict.fromkeys(unit) if text not in seen])
@@ -129,6 +128,10 @@ def pack(units: Iterable[Iterable[str]], least: int, most: float = float("inf"))
         if len(text) >= least:
             yield text
             text = ""
+
+
+def read_modules(files: list[tuple[str, Path]]) -> list[Module]:
+    return list(map(read_module, files))
 
 
 def read_module(file: tuple[str, Path]) -> Module:

@@ -7,10 +7,9 @@ Training and validation loss, bits per byte and learning rate over the tokens se
 """
 
 import json
-import os
 from pathlib import Path
 
-from prepare import ArgumentParser, InputError, run
+from scripts import ArgumentParser, InputError, run, whole_file
 
 
 def read_log(path: Path) -> list[dict]:
@@ -29,9 +28,8 @@ def read_log(path: Path) -> list[dict]:
 def trim_log(path: Path, phase: int, step: int):
     """Drop what was logged after this step: a killed run had got further than its checkpoint and will log it again."""
     kept = [line for line in read_log(path) if (line["phase"], line["step"]) <= (phase, step)]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
 
 
 def draw(runs: list[Path], picture: Path):

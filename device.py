@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prepare import InputError
+from scripts import InputError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products; weights are always fp32
 # Dense bf16 peak in FLOP/s from the makers' data sheets; other devices are measured with one matrix product at the start.

@@ -37,7 +37,7 @@ from device import DTYPES, Device, StopNotice
 from exact_match import Problem, final_number, majority, problem_files, read_problems, refuse_leaks, wilson
 from loss import distillation_loss
 from muon import build_optimizers
-from prepare import ArgumentParser, InputError
+from scripts import ArgumentParser, InputError, run, whole_file
 from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, prompt_ids
 from train import RATE_PENALTY, check_same, lr_at
 
@@ -299,15 +299,13 @@ def evaluate(student: LocalTeacher, problems: list[Problem], args, transcripts: 
         texts[int(job.key)][job.sample] = answer.text
         cut, tokens = cut + (answer.finish != "stop"), tokens + answer.tokens
     right, silent = 0, 0
-    partial = transcripts.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with whole_file(transcripts) as file:
         for problem, answers in zip(problems, texts):
             final = majority([final_number(text) for text in answers])
             right, silent = right + (final == problem.number), silent + (final is None)
             line = {"question": problem.question, "reference": str(problem.number), "answers": answers,
                     "final": None if final is None else str(final), "correct": final == problem.number}  # fmt: skip
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    os.replace(partial, transcripts)
     n, (low, high) = len(problems), wilson(right, len(problems))
     how = "greedy" if args.votes == 1 else f"majority of {args.votes} at temperature {temperature:g}"
     return (f"{right}/{n} = {right / n:.1%} right (95 % interval {low:.1%} to {high:.1%}), {how}; {silent} without a final number, "
@@ -486,4 +484,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    run(main)

@@ -17,7 +17,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from sources import InputError, hub_errors, parquet_records, source_files
+from scripts import InputError
+from sources import hub_errors, parquet_records, source_files
 
 # --------------------------------------------------------------------------------------------------------------- numbers
 

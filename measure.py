@@ -16,7 +16,7 @@ from torch import Tensor
 import peers
 from device import Device
 from model import FlowConfig, generate
-from prepare import InputError
+from scripts import InputError
 
 ROOT = Path(__file__).parent
 TINY = FlowConfig(n_layer=2, d_model=64, d_ff=96, head_dim=16, window=16, global_every=2)  # for --quick

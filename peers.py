@@ -19,8 +19,8 @@ from torch import Tensor
 import corpus
 from huggingface import hf_name
 from model import Flow
-from prepare import InputError
 from publish import qwen3_config
+from scripts import InputError
 from snn_model import Pulse
 
 

@@ -13,7 +13,6 @@ interrupted run changes nothing.
 
 import argparse
 import contextlib
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -23,10 +22,9 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +34,9 @@ from tqdm import tqdm
 import clean
 import corpus
 from clean import EXACT_COPY, FATES, KEPT, NEAR_COPY, SPECIAL, SPECIAL_TOKENS, Splits, Spool, assign_splits, clean_chunk, render_chat
+from scripts import ArgumentParser, InputError, run
 from shards import ShardWriter, load_meta, read_shard, shard_paths, token_bytes, tokenizer_fingerprint, write_shard
-from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, InputError, Source, data_folder, read_source, source_files
+from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, Source, data_folder, read_source, source_files
 from workers import WORKERS, chunks, ordered_map
 
 # What other files take from here: prepare.py is the face of text preparation, whichever file a part of it stands in.
@@ -52,44 +51,6 @@ WORD = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L
 # Places where WORD always ends a match, so that a text may be encoded in parts: a line end, a space between two letters.
 BOUNDARY = re.compile(r"\n(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
 ENDLESS = re.compile(r"\S{1024}")  # no word of any text, but it would take the tokenizer's training the square of its length
-
-
-# ---- errors and options, for all scripts ----
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (python {self.prog} --help lists the options)\n")
-
-
-def run(main: Callable):
-    """main(), with the errors a user can mend as one line on stderr: exit code 2, or 130 after Ctrl-C."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
-    try:
-        main()
-        sys.stdout.flush()  # so that a closed pipe is noticed here
-        return
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted"
-    except InputError as error:
-        code, line = 2, f"error: {error}"
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if error.filename is None and not full:
-            raise
-        where = "" if error.filename is None else f"{error.filename}: "  # a write through an open file does not know its name
-        code, line = 2, f"error: {where}{error.strerror}" + ": free some space or write elsewhere" * full
-    print(line, file=sys.stderr)
-    sys.exit(code)
 
 
 # ---- tokenizer ----

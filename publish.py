@@ -18,9 +18,9 @@ import torch.nn as nn
 from curves import read_log
 from huggingface import hf_name, read_json, read_weights
 from model import Flow, FlowConfig
+from scripts import InputError
 from shards import load_meta
 from snn_model import Pulse, PulseConfig
-from sources import InputError
 
 # What prepare.render_chat writes, behind the <|endoftext|> with which every document begins.
 CHAT_TEMPLATE = (

@@ -27,7 +27,7 @@ from checkpoint import MODELS, find_checkpoint, for_writing, load_model
 from decode import Decoder
 from device import choose_device
 from model import generate
-from prepare import ArgumentParser, InputError
+from scripts import ArgumentParser, InputError, run
 
 
 def parse_args(argv=None):
@@ -236,4 +236,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    run(main)

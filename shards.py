@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from sources import InputError
+from scripts import InputError
 
 MAGIC, VERSION, HEADER = 20260208, 1, 256
 

@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import corpus
+from scripts import InputError
 
 FILE_TYPES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 TEXT_FIELDS = (("text",), ("content",), ("question", "answer"), ("messages",))
 END_LINE = re.compile(r"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
 PIECE = 1 << 21  # characters; a longer text counts as several documents, cut at paragraph ends
 UNLABELLED, TRAIN, VAL = range(3)  # what a source says about the split of its documents
-
-
-class InputError(Exception):
-    """What the user can mend: one line that names the value, what was expected and the remedy; exit code 2."""
 
 
 class Source(NamedTuple):

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from membranes import THRESHOLD
 from model import PRESETS, FlowConfig
-from prepare import InputError
+from scripts import InputError
 from snn_model import Neuron, Pulse, PulseConfig
 
 # pJ of one fp32 operation at 45 nm: an addition 0.9, a multiplication 3.7 (Horowitz, ISSCC 2014).

@@ -35,7 +35,8 @@ from checkpoint import find_checkpoint, for_writing, load_model
 from exact_match import Problem, final_number, problem_key
 from huggingface import read_json
 from model import Flow, generate
-from prepare import InputError, chat_ids
+from prepare import chat_ids
+from scripts import InputError
 from sources import hub_errors
 
 # What an instruct model is asked to do; a checkpoint of this project gets the question alone, as it was trained.

@@ -33,7 +33,7 @@ from curves import draw_curves, trim_log
 from device import DTYPES, Device, StopNotice
 from model import PRESETS
 from muon import build_optimizers
-from prepare import ArgumentParser, InputError
+from scripts import ArgumentParser, InputError, run
 from shards import Windows
 
 
@@ -477,4 +477,4 @@ def train(args, device: Device, say):
 
 
 if __name__ == "__main__":
-    prepare.run(main)
+    run(main)

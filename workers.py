@@ -1,4 +1,4 @@
-"""Worker processes for a stream of items: what prepare.py cleans and encodes with."""
+"""Worker processes for a stream of items: what corpus.py parses, prepare.py cleans and encodes with."""
 
 import itertools
 import multiprocessing.connection
@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+
+from scripts import InputError
 
 WORKERS = min(8, os.cpu_count())  # more would wait for the process that reads and writes
 
@@ -55,8 +57,6 @@ def ordered_map(function: Callable, items: Iterable, workers: int, *setup) -> It
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            from sources import InputError  # not above: sources.py imports corpus.py, which imports this file
-
             raise InputError("a worker process was killed, perhaps because memory ran out: free some of it, then start again") from None
         finally:
             pool.shutdown(cancel_futures=True)

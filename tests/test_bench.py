@@ -23,7 +23,7 @@ from device import Device
 from measure import Bench, state_bytes
 from model import Flow, FlowConfig
 from muon import build_optimizers
-from prepare import InputError
+from scripts import InputError
 from snn_model import Pulse
 
 TEXT = " ".join(peers.words(40_000, ("tqdm", "packaging")))

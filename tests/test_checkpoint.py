@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, fails
 
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
-from prepare import InputError
+from scripts import InputError
 
 
 def test_the_latest_checkpoint_is_found_whatever_the_times(finished, tmp_path):

@@ -20,7 +20,7 @@ from checkpoint import load_model, save_checkpoint
 from coreml_models import FlowOnDevice, PulseOnDevice, rms_norm
 from mil_numpy import CONSTEXPR, OPERATIONS, Package, unpack
 from model import Flow, FlowConfig, generate
-from prepare import InputError
+from scripts import InputError
 from snn_model import Pulse, PulseConfig
 
 CONTEXT = 192

@@ -21,7 +21,8 @@ from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkp
 from distill import Examples, distillation_loss
 from exact_match import final_number, problem_key
 from model import Flow, FlowConfig, generate
-from prepare import InputError, render_chat
+from prepare import render_chat
+from scripts import InputError
 from snn_model import Pulse, PulseConfig
 from spikes import firing_rates
 from teachers import INSTRUCTION, Answer, Job, prompt_ids

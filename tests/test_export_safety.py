@@ -16,7 +16,7 @@ import prepare
 from checkpoint import load_model, save_checkpoint
 from coreml_models import FlowOnDevice
 from model import Flow, FlowConfig
-from prepare import InputError
+from scripts import InputError
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 SIZES = dict(vocab_size=320, n_layer=2, n_head=4, n_kv_head=2, d_model=64, head_dim=16, d_ff=96, window=40, global_every=2)

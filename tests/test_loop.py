@@ -14,7 +14,7 @@ import model as flow
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from model import PRESETS
-from prepare import InputError
+from scripts import InputError
 
 TINY = [*SIZES, "--seq_len=32", "--batch_size=4", "--eval_tokens=256", "--log_interval=1", "--device=cpu", "--dtype=fp32"]
 PULSE = ["--model=pulse", "--n_layer=2", "--d_model=32", "--d_hidden=40", "--d_ff=48", "--n_head=2", "--memory_every=2", "--num_steps=4"]

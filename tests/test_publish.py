@@ -21,7 +21,7 @@ import publish
 from checkpoint import load_model, save_checkpoint
 from huggingface import hf_name
 from model import Flow, FlowConfig, generate
-from prepare import InputError
+from scripts import InputError
 from snn_model import Pulse, PulseConfig
 
 FLOW = dict(n_layer=3, n_head=4, n_kv_head=2, d_model=64, head_dim=16, d_ff=96, window=40, global_every=2, max_seq_len=192)

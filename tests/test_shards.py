@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import shards
-from sources import InputError
+from scripts import InputError
 
 
 def test_shards_are_checked_on_reading(tmp_path, monkeypatch):

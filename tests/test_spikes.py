@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import snn_model
 import spikes
 from model import PRESETS, Flow, FlowConfig
+from scripts import InputError
 from snn_model import Neuron, Pulse, PulseConfig
-from sources import InputError
 
 TINY = dict(vocab_size=260, n_layer=3, d_model=16, d_hidden=20, d_ff=12, n_head=2, num_steps=3, memory_every=2)
 

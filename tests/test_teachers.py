@@ -19,7 +19,7 @@ from conftest import ROOT, call_distill as call, distill_works as works, lines_o
 
 import distill
 from exact_match import Problem, final_number, read_problems
-from prepare import InputError
+from scripts import InputError
 from teachers import ServerTeacher, chosen_traces, read_traces, retry_after
 
 KEY = "sk-secret-of-the-test"

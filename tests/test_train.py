@@ -20,7 +20,7 @@ import device
 import prepare
 import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from prepare import InputError
+from scripts import InputError
 from shards import Windows, epoch_order
 from train import FINAL_LR, check_same, lr_at
 

@@ -8,7 +8,7 @@ import pytest
 
 import prepare
 import workers
-from sources import InputError
+from scripts import InputError
 
 
 def die_at_seven(n):

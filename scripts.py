@@ -1,0 +1,63 @@
+"""What all scripts share: errors that a user can mend, options, and files that are never half there."""
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+
+class InputError(Exception):
+    """What the user can mend: one line that names the value, what was expected and the remedy; exit code 2."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (python {self.prog} --help lists the options)\n")
+
+
+def run(main: Callable):
+    """main(), with the errors a user can mend as one line on stderr: exit code 2, or 130 after Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    try:
+        main()
+        sys.stdout.flush()  # so that a closed pipe is noticed here
+        return
+    except KeyboardInterrupt:
+        code, line = 130, "interrupted"
+    except InputError as error:
+        code, line = 2, f"error: {error}"
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if error.filename is None and not full:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "  # a write through an open file does not know its name
+        code, line = 2, f"error: {where}{error.strerror}" + ": free some space or write elsewhere" * full
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file to write that takes the place of `path` when it is whole: at any moment `path` is the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
