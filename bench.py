@@ -1,4 +1,4 @@
-"""Every performance figure of the README, each a ratio against a peer or a physical limit that is measured in the same run.
+"""The figures of the README's "How fast", each a ratio against a peer or a physical limit, measured in the same run where it can be.
 
     python bench.py                                          # all rows that can run here: for a quiet hour or so
     python bench.py decoding startup --repeats=9             # some of them
@@ -40,6 +40,7 @@ from measure import ROOT, TINY, Bench, adamw, greedy, medians, script, state_byt
 from model import PRESETS, Flow, FlowConfig
 from muon import Muon, build_optimizers
 from scripts import ArgumentParser, InputError, run
+from shards import Windows
 from snn_model import Pulse
 
 FLOW_11M = FlowConfig(n_layer=6, n_head=6, n_kv_head=6, d_model=384, head_dim=64, d_ff=1024, global_every=6)
@@ -113,19 +114,17 @@ def muon_training(bench: Bench):
     tokenizer_json = (data / "tokenizer.json").read_text(encoding="utf-8")
     table, fingerprint = prepare.token_bytes(Tokenizer.from_str(tokenizer_json)), prepare.tokenizer_fingerprint(tokenizer_json)
     config, seq_len = dataclasses.replace(TINY if bench.quick else PRESETS["nano"], vocab_size=meta["vocab_size"]), 256
-    batch_size, full = (2, 10) if bench.quick else (train.RECIPES["nano"].tokens_per_step[0] // seq_len, ADAMW_STEPS)
-    windows = {split: train.Windows(data, 1, split, seq_len, len(table), fingerprint) for split in ("train", "val")}
+    batch_size, full = (2, 10) if bench.quick else (train.RECIPES["nano"].micro_step_tokens[0] // seq_len, ADAMW_STEPS)
+    windows = {split: Windows(data, 1, split, seq_len, len(table), fingerprint) for split in ("train", "val")}
 
     def run(muon: bool, lr: float, steps: int) -> tuple[float, float]:
         torch.manual_seed(0)
         model, seconds = Flow(config), 0.0
         optimizers = build_optimizers(model, lr, dtype=bench.device.dtype) if muon else [adamw(model)]
         for step in range(steps):
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = train.lr_at(step, steps, lr)
             x, y = bench.device.put(windows["train"].batch(0, 1, step * batch_size, batch_size))
             start = time.perf_counter()
-            training_step(model, optimizers, x, y, bench.device)()
+            training_step(model, optimizers, x, y, bench.device, train.lr_at(step, steps, lr))()
             seconds += time.perf_counter() - start
         return seconds, train.evaluate(model, windows["val"], table, 2**16, batch_size, bench.device)[1]
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import membranes
-import memory
 import peers
 import train
+import training_memory
 from device import Device
 from measure import TINY, Bench, greedy, medians, micro_step, tokens, update
 from model import PRESETS, Flow, attention_in_blocks, band, causal_attention
@@ -34,7 +34,7 @@ def gpu_training(bench: Bench):
             plain, compiled = Flow(config), Flow(config)
         train.compile_parts(compiled)
         optimizers = build_optimizers(plain, 1e-4, dtype=device.dtype)
-        x, y = tokens(config, recipe.tokens_per_step[2] // 2048, seq_len, device.torch)
+        x, y = tokens(config, recipe.micro_step_tokens[2] // 2048, seq_len, device.torch)
         jobs = {kind: micro_step(model, x, y, device) for kind, model in {"compiled": compiled, "not compiled": plain}.items()}
         times = bench.alternate(jobs | {"update": update(plain, optimizers, device)})
         *micro, last = medians(times)
@@ -54,7 +54,7 @@ def gpu_pulse(bench: Bench):
         with device.torch:
             plain, compiled, flow = Pulse(PULSE_PRESETS[name]), Pulse(PULSE_PRESETS[name]), Flow(PRESETS[name])
         train.compile_parts(compiled)
-        x, y = tokens(flow.config, 2 if bench.quick else train.RECIPES[name].tokens_per_step[0] // seq_len, seq_len, device.torch)
+        x, y = tokens(flow.config, 2 if bench.quick else train.RECIPES[name].micro_step_tokens[0] // seq_len, seq_len, device.torch)
         jobs = {"compiled": micro_step(compiled, x, y, device), "not compiled": micro_step(plain, x, y, device)}
 
         def without_kernel(job: Callable = jobs["not compiled"], kernel: Callable = membranes.triton_scan):
@@ -70,7 +70,7 @@ def gpu_pulse(bench: Bench):
 
 
 def gpu_memory(bench: Bench):
-    """Peak memory of training 1b with one sequence of 2,048 tokens against memory.py's estimate, and the price of checkpointing."""
+    """Peak memory of training 1b with one sequence of 2,048 tokens against training_memory.py, and the price of checkpointing."""
     device, config, seq_len = gpu(), TINY if bench.quick else PRESETS["1b"], 64 if bench.quick else 2048
     before = torch.cuda.memory_allocated()  # by other rows
     with device.torch:
@@ -88,12 +88,12 @@ def gpu_memory(bench: Bench):
 
     for model.checkpointing in (False, True):
         figure = f"1b, 1 x {seq_len:,} tokens{', checkpointing' * model.checkpointing}"
-        estimate = memory.training_memory(config, 1, seq_len, model.checkpointing)
+        estimate = training_memory.training_memory(config, 1, seq_len, model.checkpointing)
         used = peak(1)
-        bench.record(figure, used, "GB", "memory.py", estimate["peak"] / 1e9)
+        bench.record(figure, used, "GB", "training_memory.py", estimate["peak"] / 1e9)
         if model.checkpointing:
             bench.record(figure, used, "GB", "the goal", 16, ("at most", 1))
-        bench.record(f"{figure}, accumulating", peak(2), "GB", "memory.py", estimate["peak_accumulating"] / 1e9)
+        bench.record(f"{figure}, accumulating", peak(2), "GB", "training_memory.py", estimate["peak_accumulating"] / 1e9)
 
     def run(checkpointing: bool) -> Callable:
         def job():

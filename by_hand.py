@@ -84,9 +84,9 @@ class RMSNormByHand(Function):
 class AttentionByHand(Function):
     """Causal attention of whole sequences.  q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]
 
-    `pieces` are model.py's: (first query, last query, first key, mask) of chunks of queries. A few sequences of one piece at a time: their
-    scores stay in the cache, and so does the change between the order of the projections, token by token, and that of the products,
-    head by head.
+    `pieces` are model.py's: (first query, end of the queries, first key, mask) of chunks of queries. A few sequences of one piece at a
+    time: their scores stay in the cache, and so does the change between the order of the projections, token by token, and that of the
+    products, head by head.
     """
 
     @staticmethod

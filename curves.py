@@ -19,8 +19,9 @@ def read_log(path: Path) -> list[dict]:
         if line.endswith(b"}"):
             try:
                 lines.append(json.loads(line))
-                lines[-1]["phase"], lines[-1]["step"]
-            except (ValueError, KeyError, TypeError):
+                if not {"phase", "step"} <= lines[-1].keys():
+                    raise ValueError
+            except (ValueError, AttributeError):
                 raise InputError(f"{path}:{number} is no line of a log: remove it") from None
     return lines
 

@@ -52,7 +52,7 @@ def has_bf16(device: torch.device) -> bool:
 def keep_freed_memory():
     """Let glibc keep the large blocks that tensors leave behind for the next ones, as PyTorch does on a GPU.
 
-    Usually it hands them back to the system at once, and each new one is mapped and zeroed page by page at its first use: a fifth of
+    Usually it hands them back to the system at once, and each new one is mapped and zeroed page by page at its first use: a sixth of
     a training step of an 11M Flow on two cores. Other C libraries have no mallopt and are left as they are.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -36,9 +36,9 @@ from curves import draw_curves, trim_log
 from device import DTYPES, Device, StopNotice
 from exact_match import Problem, final_number, majority, problem_files, read_problems, refuse_leaks, wilson
 from loss import distillation_loss
-from muon import build_optimizers
+from muon import build_optimizers, decay_groups, update
 from scripts import ArgumentParser, InputError, run, whole_file
-from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, prompt_ids
+from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, question_ids
 from train import RATE_PENALTY, check_same, lr_at
 
 DATA = Path("data/builtin")
@@ -64,7 +64,7 @@ class Examples:
         self.pad, end = tokenizer.token_to_id("<|pad|>"), tokenizer.token_to_id("<|im_end|>")
         self.rows, self.too_long = [], 0
         for question, answer in pairs:
-            prompt = prompt_ids(tokenizer, question)
+            prompt = question_ids(tokenizer, question)
             row = [*prompt, *prepare.plain_ids(tokenizer, answer), end]
             if len(row) <= seq_len + 1:
                 self.rows.append((np.array(row, np.int32), len(prompt)))
@@ -118,9 +118,7 @@ def make_optimizers(kind: str, model, lr: float, dtype: torch.dtype) -> list[tor
     """The pre-training optimizers, or AdamW for everything."""
     if kind == "muon":
         return build_optimizers(model, lr, WEIGHT_DECAY, dtype)
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-    return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    return [torch.optim.AdamW(decay_groups(model.parameters(), WEIGHT_DECAY), lr=lr, betas=(0.9, 0.95), fused=True)]
 
 
 @torch.no_grad()
@@ -220,9 +218,6 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
     while step < steps:
         clock = time.perf_counter()
         lr = lr_at(step, steps, peak_lr)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
         chosen = examples.batch(args.seed, step, size)
         n_targets = int(examples.answer_lengths[chosen].sum())
         for micro in range(args.grad_accum):
@@ -241,10 +236,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
                 loss = loss * (int(examples.answer_lengths[mine].sum()) / n_targets * device.ranks)
                 loss.backward()
             losses.append(loss.detach() / device.ranks)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
+        grad_norm = update(model, optimizers, lr)
         step, tokens = step + 1, tokens + int(examples.lengths[chosen].sum())
 
         ending = step == steps

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import muon
 import peers
 from device import Device
 from model import FlowConfig, generate
@@ -41,22 +42,19 @@ def micro_step(model: torch.nn.Module, x: Tensor, y: Tensor, device: Device) -> 
     return run
 
 
-def update(model: torch.nn.Module, optimizers: list, device: Device) -> Callable:
-    """What ends a step of train.py: clipping, every optimizer."""
+def update(model: torch.nn.Module, optimizers: list, device: Device, lr: float = 1e-4) -> Callable:
+    """What ends a step of train.py."""
 
     def run():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
+        muon.update(model, optimizers, lr)
         device.wait()
 
     return run
 
 
-def training_step(model: torch.nn.Module, optimizers: list, x: Tensor, y: Tensor, device: Device) -> Callable:
+def training_step(model: torch.nn.Module, optimizers: list, x: Tensor, y: Tensor, device: Device, lr: float = 1e-4) -> Callable:
     """One step as train.py makes it."""
-    parts = micro_step(model, x, y, device), update(model, optimizers, device)
+    parts = micro_step(model, x, y, device), update(model, optimizers, device, lr)
     return lambda: [part() for part in parts]
 
 

@@ -1,5 +1,4 @@
-"""What the neurons and memories of Pulse compute for a whole sequence at once: input currents, leaking membranes, spikes, what is looked
-up, each with its gradient.
+"""What the neurons of Pulse compute for a whole sequence at once: input currents, leaking membranes, spikes, each with its gradient.
 
 The gradients are written by hand. Firing has none, so a surrogate takes its place. Those of the others autograd could find, but on a
 CPU the passes over memory that it would take, not the matrix products, are what training a small Pulse would spend its time on.
@@ -27,7 +26,7 @@ class Fire(torch.autograd.Function):
     A membrane above the threshold fires and loses one threshold, num_steps times: clamp(ceil(U - 1), 0, num_steps) spikes, the
     counts of snntorch.Leaky(beta=1, reset_mechanism="subtract"). A signed neuron does the same below zero, with negative spikes.
     With a `rheobase` the membrane has to stand that much higher for each of these counts. `fine` widens the blur of the gradient.
-    For the gradient the staircase is a ramp, blurred with a Lorentzian: the atan surrogate (snntorch's default) for all levels
+    For the gradient the staircase is a ramp, blurred with a Lorentzian: snntorch's atan surrogate, wider (SHARPNESS), for all levels
     together, at the cost of one. Its tails reach the silent and the saturated neurons; a ramp without them learns 6 to 9 % worse.
     Backpropagating through the micro-steps instead would count a silent neuron num_steps times and explode.
     """
@@ -47,12 +46,12 @@ class Fire(torch.autograd.Function):
         if ctx.price:
             fired = F.hardshrink(mem, ctx.least) if ctx.signed else F.threshold(mem, ctx.least, 0.0)
             grad = torch.add(grad, fired.sign_(), alpha=ctx.price)
-        # atan(a) - atan(b) with a = sharpness (u + 0.5), u = how far above the first threshold, and b = a - sharpness K is the angle of
-        # (1 + a b, a - b): one function instead of two, and on a CPU, where PyTorch has atan2 in vector instructions and atan not, a
-        # fifth of the time.
+        # With a = u + 0.5, u = how far above the first threshold, and s = sharpness, atan(s a) - atan(s (a - K)) is the angle of the
+        # point (1 + s² a (a - K), s K): one function instead of two, and on a CPU, where PyTorch has atan2 in vector instructions and
+        # atan not, a fifth of the time.
         a = mem.abs().sub_(ctx.least - 0.5) if ctx.signed else mem - (ctx.least - 0.5)
-        angle = torch.addcmul(a.new_ones(()), a, a - ctx.num_steps, value=ctx.sharpness**2)
-        torch.atan2(angle.new_tensor(ctx.sharpness * ctx.num_steps), angle, out=angle)
+        x = torch.addcmul(a.new_ones(()), a, a - ctx.num_steps, value=ctx.sharpness**2)
+        angle = torch.atan2(x.new_tensor(ctx.sharpness * ctx.num_steps), x, out=x)
         return torch.addcmul(a.new_zeros(()), angle, grad, value=1 / math.pi), *[None] * 6
 
 
@@ -69,22 +68,6 @@ class Square(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
         return (grad * x).mul_(2)
-
-
-class Unit(torch.autograd.Function):
-    """x / sqrt(|x|² + eps) over the last dimension."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(eps).rsqrt_()
-        unit = x * scale
-        ctx.save_for_backward(unit, scale)
-        return unit
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        unit, scale = ctx.saved_tensors
-        return torch.addcmul(grad, unit, (grad * unit).sum(-1, keepdim=True), value=-1).mul_(scale), None
 
 
 class Drive(torch.autograd.Function):
@@ -194,83 +177,3 @@ class Leak(torch.autograd.Function):
         grad_mem = beta[:, 0] * grad[:, 0]
         grad.addcmul_(grad, beta, value=-1)
         return grad, (U - current).mul_(grad), grad_mem  # dU/dz = beta (1 - beta) (U_{t-1} - I) = (1 - beta) (U_t - I)
-
-
-def recall(own: Tensor, seen: Tensor, kept: Tensor, left: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    S, W = first.new_empty(len(own) + 1, *first.shape), torch.empty_like(own)
-    S[0] = first
-    for i in range(len(own)):
-        torch.baddbmm(own[i], seen[i], S[i], alpha=-1, out=W[i])
-        torch.baddbmm(S[i] * left[i], kept[i].mT, W[i], out=S[i + 1])
-    return S, W
-
-
-def recall_gradients(seen: Tensor, kept: Tensor, left: Tensor, grad_S: Tensor, grad_W: Tensor) -> tuple[Tensor, Tensor]:
-    grad_S, grad_W = grad_S.clone(), grad_W.clone()
-    for i in range(len(grad_W) - 1, -1, -1):
-        grad_W[i].baddbmm_(kept[i], grad_S[i + 1])
-        grad_S[i].addcmul_(left[i], grad_S[i + 1]).baddbmm_(seen[i].mT, grad_W[i], alpha=-1)
-    return grad_S, grad_W
-
-
-recall = compiled_apart(recall, lambda own, seen, kept, left, first: (first.new_empty(len(own) + 1, *first.shape), torch.empty_like(own)))
-recall_gradients = compiled_apart(recall_gradients, lambda *args: tuple(map(torch.empty_like, args[-2:])))
-
-
-class Recall(torch.autograd.Function):
-    """A matrix S that chunks of a sequence write in turn: W_i = own_i - seen_i S_i and S_{i+1} = left_i S_i + kept_iᵀ W_i.
-
-    own [n, B, L, D], seen, kept [n, B, L, K], left [n, B, 1, 1], S_0 [B, K, D] -> S [n + 1, B, K, D], W [n, B, L, D]
-
-    Autograd would keep two tensors and make a dozen small ones per chunk, most of the time that a long sequence takes here. Of the
-    gradients only those of W and S pass from chunk to chunk; the others are products over all chunks at once.
-    """
-
-    @staticmethod
-    def forward(ctx, own: Tensor, seen: Tensor, kept: Tensor, left: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        S, W = recall(own, seen, kept, left, first)
-        ctx.save_for_backward(seen, kept, left, S, W)
-        return S, W
-
-    @staticmethod
-    def backward(ctx, grad_S: Tensor, grad_W: Tensor):
-        seen, kept, left, S, W = ctx.saved_tensors
-        grad_S, grad_W = recall_gradients(seen, kept, left, grad_S, grad_W)
-        left = (grad_S[1:] * S[:-1]).sum((-2, -1), keepdim=True)
-        return grad_W, -(grad_W @ S[:-1].mT), W @ grad_S[1:].mT, left, grad_S[0]
-
-
-def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix that maps keys to values, written by the delta rule and leaking: only what it does not know yet is written.
-
-        S_t = a_t S_{t-1} + k_t (b_t (v_t - k_t a_t S_{t-1}))ᵀ         o_t = q_t S_t
-
-    q, k, v [B, H, T, D]; decay = log a_t and write = b_t [B, H, T]; S [B, H, D, D] -> o [B, H, T, D] and the last S.
-    Chunks of L tokens: what the tokens of a chunk write depends on each other through a triangular system, solved for all chunks
-    at once as a function of the S that a chunk starts with (arXiv:2406.06484); Recall then carries S from chunk to chunk.
-    """
-    B, H, T, D = q.shape
-    if T == 1:
-        S = S * decay.exp()[..., None]
-        S = S + k.mT @ (write[..., None] * (v - k @ S))
-        return q @ S, S
-    L = min(CHUNK if q.device.type == "cpu" else 2 * CHUNK, T)  # a GPU waits for each of Recall's small steps: rather fewer
-    pad, n = -T % L, -(-T // L)
-    if pad:  # neither writes nor forgets
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
-        decay, write = (F.pad(x, (0, pad)) for x in (decay, write))
-    q, k, v, decay, write, S = (x.flatten(0, 1) for x in (q, k, v, decay, write, S))
-    # Chunk by chunk, [n, B H, L, ...], as Recall reads them.
-    q, k, v, decay, write = (x.unflatten(1, (n, L)).transpose(0, 1).contiguous() for x in (q, k, v, decay, write))
-    c = decay.cumsum(-1)
-    a, w = c.exp()[..., None], write[..., None]
-    lower = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
-    fade = (c[..., :, None] - c[..., None, :]).masked_fill(~lower, -math.inf).exp()  # what is left of token j at token i
-    system = (w * (k @ k.mT) * fade).tril(-1) + torch.eye(L, dtype=q.dtype, device=q.device)
-    solved = torch.linalg.solve_triangular(system, torch.cat([w * v, w * a * k], -1), upper=False, unitriangular=True)
-    own, seen = solved.chunk(2, -1)  # a chunk writes own - seen S
-    kept = k * (c[..., -1:] - c).exp()[..., None]
-    S, writes = Recall.apply(own, seen, kept, a[..., -1:, :], S)
-    o = ((q @ k.mT) * fade) @ writes + a * (q @ S[:-1])
-    o = o.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).reshape(B, n * L, H, D)[:, :T]  # as they lie side by side in a token's row
-    return o.transpose(1, 2), S[-1].view(B, H, D, D).clone()  # a view would keep those of all chunks alive

@@ -1,4 +1,5 @@
-"""Flow: a transformer language model, the whole of it in one file but for the loss, which Pulse has too.
+"""Flow: a transformer language model, the whole of it in one file but for the loss, which Pulse has too. On a CPU by_hand.py (training)
+and decode.py (writing) take the place of parts of it: they compute the same, faster.
 
 Flow is Qwen3 (arXiv:2505.09388) with Gemma's mix of local and global layers (arXiv:2503.19786): pre-RMSNorm, grouped-query
 attention with QK-norm and RoPE, a sliding window in most layers, SwiGLU, tied embeddings, no biases. A Qwen3 folder from
@@ -91,7 +92,7 @@ class FlowConfig:
         return 6 * matrices + 12 * q * (n_global * keys_global + (self.n_layer - n_global) * keys_sliding)
 
 
-PRESETS: dict[str, FlowConfig] = {
+PRESETS: dict[str, FlowConfig] = {  # a new one needs a Pulse in snn_model.py and a recipe in train.py too
     "nano": FlowConfig(),
     "small": FlowConfig(n_layer=9, d_model=512, n_head=8, n_kv_head=4, head_dim=64, d_ff=1344, window=256, global_every=6),
     "base": FlowConfig(
@@ -153,7 +154,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     mask = None if mask is None else mask.repeat(H // K, 1)  # [H/K * T, S]
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
-    # On a CPU three plain operations train 1.3 to 2 times as fast as the fused kernel, whose bf16 backward is slow.
+    # On a CPU three plain operations train 1.4 to 2.3 times as fast as the fused kernel, whose bf16 backward is slow.
     scores = (q * D**-0.5) @ k.mT  # [B, K, H/K * T, S]
     if mask is not None:
         scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
@@ -213,7 +214,7 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return out.transpose(1, 2).reshape(B, H, n * window, D)[:, :, :T]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk: int = CHUNK) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Attention of a whole sequence to itself, in time T * window in a sliding layer.  q [B, H, T, D], k and v [B, K, T, D]"""
     T = q.size(2)
     if flashes(q, k):
@@ -222,11 +223,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, chunk:
         return attention_in_blocks(q, k, v, window)
     if window is not None and T <= window:
         window = None
-    if q.device.type != "cpu":
-        if window is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        chunk = T
-    chunks = chunks_of_queries(T, window, chunk, q.device)
+    on_cpu = q.device.type == "cpu"
+    if window is None and not on_cpu:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    chunks = chunks_of_queries(T, window, CHUNK if on_cpu else T, q.device)
     out = [attend(q[:, :, i:j], k[:, :, lo:j], v[:, :, lo:j], mask) for i, j, lo, mask in chunks]
     return torch.cat(out, dim=2)
 
@@ -269,6 +269,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    """x [B, T, C] -> [B, T, C]; `rope` = (cos, sin) of the T positions, [T, D / 2] each. With a cache the keys before x are there too."""
+
     def __init__(self, config: FlowConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
@@ -307,6 +309,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then SwiGLU, each of a normalized x and added to it: x [B, T, C] -> [B, T, C]."""
+
     def __init__(self, config: FlowConfig, layer: int):
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -431,7 +435,8 @@ def generate(
 
     `idx` is [B, T], or B lists of unequal length. Unequal prompts need no padding: the model reads as many tokens as the
     shortest has, then the longer ones go on being read token by token while the others already answer, so that every row
-    gets exactly what it would get alone. A row yields -1 while its prompt is read and after one of `stop_ids`.
+    gets exactly what it would get alone. A row yields -1 while its prompt is read and after one of `stop_ids`. Raises ValueError
+    for a prompt without tokens.
     """
     prompts = [list(map(int, row)) for row in idx]
     if not prompts or not all(prompts):

@@ -2,11 +2,13 @@
 
 Muon (Keller Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; scaled to LLMs by Liu et al. 2025,
 arXiv:2502.16982) takes the momentum of a matrix and replaces it by the nearest orthogonal matrix: every direction of the
-update gets the same length, where Adam would spend most of it on a few. Four steps of a polynomial iteration, all matrix
-products, stand in for the SVD.
+update gets the same length, where Adam would spend most of it on a few. Four steps of a polynomial iteration (Newton-Schulz), all
+matrix products, stand in for the SVD.
 
     optimizers = build_optimizers(model, lr=3e-3)     # [Muon, AdamW]: step both, they share one learning rate
 """
+
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -27,9 +29,10 @@ BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**24, "mps": 2**24}
 
 
 def orthogonalise(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The orthogonal factor U Vᵀ of each matrix of G = U S Vᵀ, approximately: singular values between 0.65 and 1.13.
+    """The orthogonal factor U Vᵀ of each matrix of G = U S Vᵀ, approximately.
 
-    G [..., R, C] of any float type -> [..., R, C] of `dtype`, in which the products are computed. The iteration is stable in bf16,
+    G [..., R, C] of any float type -> [..., R, C] of `dtype`, in which the products are computed. Singular values above 1/310 of the
+    largest end between 0.65 and 1.13; smaller ones are lifted as far as they come. The iteration is stable in bf16,
     whose rounding lifts some singular values to 1.2; fp32 is for hardware that has no bf16 products and only imitates them. A zero
     matrix stays zero.
     """
@@ -41,8 +44,9 @@ def orthogonalise(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     for step, (a, b, c) in enumerate(NS_COEFFICIENTS):
         A = torch.bmm(X, X.mT)  # not @, which takes twice as long for one large matrix
         if step == 0:
-            # The singular values must be at most 1. Their eighth-power mean, |A²|^(1/4), is a bound much closer than the Frobenius
-            # norm and costs nothing here (1 % more for bf16's rounding). Instead of X it scales the coefficients, in fp32.
+            # The singular values s must be at most 1. Their 8-norm, (sum of s⁸)^(1/8) = |A²|^(1/4), bounds the largest much closer than
+            # the Frobenius norm, the 2-norm, and costs nothing here (1 % more for bf16's rounding). Instead of X it scales the
+            # coefficients, in fp32.
             A2 = torch.bmm(A, A)
             bound = torch.linalg.vector_norm(A2, dim=(-2, -1), keepdim=True, dtype=torch.float32) ** 0.25 * 1.01
             bound = bound.clamp(min=1e-3)  # that of no matrix but zero is so small
@@ -144,12 +148,32 @@ def build_optimizers(
     """
     matrices = model.muon_params()
     ids = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = decay_groups([p for p in model.parameters() if id(p) not in ids], weight_decay)
     return [
         Muon(matrices, lr=lr, weight_decay=weight_decay, dtype=dtype),
+        # eps far below the smallest gradients: rows of the embedding whose tokens are rare still get steps of full length
         torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-10, fused=True),
     ]
+
+
+def decay_groups(params: Iterable[Tensor], weight_decay: float) -> list[dict]:
+    """AdamW's parameter groups: matrices decay, vectors do not."""
+    params = list(params)
+    return [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def update(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, max_norm: float = 1.0) -> Tensor:
+    """What ends a training step: gradients clipped to `max_norm`, a step of every optimizer at this rate, gradients dropped.
+
+    Returns the norm of the gradients before they were clipped.
+    """
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return grad_norm

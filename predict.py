@@ -2,7 +2,7 @@
 
     pip install coremltools tokenizers numpy
     python predict.py --prompt="Once upon a time"
-    python predict.py --placement           # which operations run on the Neural Engine, the GPU or the CPU (macOS 14.4 and later)
+    python predict.py --placement           # which operations run on the Neural Engine, the GPU or the CPU
 
 What happens around the network stands in Host: rows of the embedding, RoPE's angles, masks, chunks of the prompt. The same code ran
 when the packages were verified, with a numpy interpreter in the place of Core ML. What needs Core ML, the rest of this file, was

@@ -89,6 +89,11 @@ def chat_ids(tokenizer: Tokenizer, messages: list[dict], open_turn: bool = False
     return ids + [start, *plain_ids(tokenizer, "assistant\n")] if open_turn else ids
 
 
+def conversation_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """Tokens of a conversation that the assistant is to go on with, as the beginning of a new document."""
+    return [tokenizer.token_to_id("<|endoftext|>"), *chat_ids(tokenizer, messages, open_turn=True)]
+
+
 # ---- the stages ----
 
 

@@ -13,7 +13,7 @@ Text goes to stdout as it is made, everything else to stderr. A checkpoint is al
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -70,14 +70,9 @@ def parse_args(argv=None):
     return args
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of a text to continue, as the beginning of a new document."""
     return [tokenizer.token_to_id("<|endoftext|>"), *prepare.plain_ids(tokenizer, text)]
-
-
-def conversation_ids(tokenizer: Tokenizer, messages: Sequence[dict]) -> list[int]:
-    """Tokens of a conversation that the assistant is to go on with, as the beginning of a new document."""
-    return [tokenizer.token_to_id("<|endoftext|>"), *prepare.chat_ids(tokenizer, messages, open_turn=True)]
 
 
 def room(config, n_prompt: int, args) -> int:
@@ -181,10 +176,10 @@ def chat(model, tokenizer: Tokenizer, args, stop_ids: list[int]):
             continue
         turns = [*messages, {"role": "user", "content": question}]
         try:
-            ids = conversation_ids(tokenizer, turns)
+            ids = prepare.conversation_ids(tokenizer, turns)
             while limit and len(turns) > 1 and len(ids) + min(args.max_new_tokens, limit // 2) > limit:
                 turns = turns[2:]
-                ids = conversation_ids(tokenizer, turns)
+                ids = prepare.conversation_ids(tokenizer, turns)
             text = write(model, tokenizer, ids, args, stop_ids)
         except InputError as problem:  # such as a question longer than the model reads: the conversation goes on without it
             print(f"error: {problem}", file=sys.stderr)
@@ -210,7 +205,7 @@ def main(argv=None):
     stop_ids = [tokenizer.token_to_id(token) for token in ends]
 
     def encode(text: str) -> list[int]:
-        return conversation_ids(tokenizer, [{"role": "user", "content": text}]) if args.chat else prompt_ids(tokenizer, text)
+        return prepare.conversation_ids(tokenizer, [{"role": "user", "content": text}]) if args.chat else text_ids(tokenizer, text)
 
     prompt = args.prompt or ""
     before = "" if args.chat else prompt  # what is printed before its continuation

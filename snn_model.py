@@ -2,14 +2,14 @@
 
 The interface is Flow's, the inside is not. Every matrix is fed by spikes: integer counts between -num_steps and num_steps, so
 that a product is a sum of weights. What one token leaves for the next is the membrane potential of leaky integrate-and-fire
-neurons and, in some blocks, a small associative memory that is written and read by spikes. Both are linear in the sequence
-and constant in memory; there is no attention.
+neurons, spikes that are still on their way (axonal delays) and, in some blocks, a small associative memory that is written and
+read by spikes. All are linear in the sequence and constant in memory; there is no attention.
 
     python train.py --model=pulse       # trains the nano preset of this file
     python snn_model.py                 # prints the presets: parameters and FLOPs per token
 
 The neuron is snntorch's Leaky. Token by token it runs snntorch's own recurrence; over a whole sequence the same recurrence is
-evaluated in parallel, which is what makes training fast: membranes.py does that.
+evaluated in parallel, which is what makes training fast: membranes.py and associate.py do that.
 
 B batch, T tokens, C = d_model, N = neurons of a layer, H memory heads, D = C / H, K = num_steps, V vocabulary.
 """
@@ -24,12 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from associate import Unit, associate
 from loss import linear_cross_entropy
-from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Square, Unit, associate
+from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Square
 
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
-GAIN, HIDDEN_GAIN, SQUARE_GAIN, KEY_GAIN, READ_GAIN, OUT_GAIN = 2.0, 4.0, 1.0, 1.5, 4.0, 4.0
+GAIN = 2.0  # encoders, and leaky neurons without a gate
+HIDDEN_GAIN = 4.0  # leaky neurons with one
+SQUARE_GAIN = 1.0  # hidden neurons of the feed-forward part, whose current is squared
+KEY_GAIN = 1.5  # queries and keys of the memory
+READ_GAIN = 4.0  # what is read from the memory
+OUT_GAIN = 4.0  # what feeds the head
 STEPS = 16  # with more micro-steps what is carried from token to token is counted more finely
 MAX_STEPS = 256  # bf16 holds all integers up to here
 LEAKS = ("gated", "learned", "fixed")
@@ -49,7 +55,7 @@ class PulseConfig:
     d_model: int = 128
     d_hidden: int = 192  # leaky neurons of a block
     d_ff: int = 352  # neurons of its feed-forward part
-    num_steps: int = 48  # micro-steps per token = most spikes that a neuron fires per token
+    num_steps: int = 48  # micro-steps (time steps within a token) = most spikes that a neuron fires per token
     # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens, 1 % worse in 500 steps. 32 is no better.
     tau_max: float = 4.0
     rheobase: float = 1.0  # of the neurons that encode the stream: weaker currents stay silent, so that finer steps cost no more spikes
@@ -132,6 +138,7 @@ class Neuron(snntorch.Leaky):
     the past in one token, or hold what it has while thirty pass. With `tau` [N] = None nothing lasts from token to token.
     With `square` the current is relu(I)², as in arXiv:2109.08668: a neuron then computes with products of its inputs. With a
     `rheobase`, the least current that drives a neuron, spikes_t = fire(U_t - rheobase), signed: sign(U_t) fire(|U_t| - rheobase).
+    Without `normed` the current is x_t * gain + bias. `fine`: how many of its steps are one of the others (see encoder).
     """
 
     def __init__(
@@ -227,7 +234,8 @@ class Memory(nn.Module):
         self.k = Neuron(C, config, KEY_GAIN, time_constants(C, TAU_KEY), signed=True)
         self.v = encoder(config, fine=config.fine())
         self.o = Neuron(C, config, READ_GAIN, signed=True, normed=False)
-        self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)  # log a_t and b_t per head and token
+        # Per head and token: log a_t = -softplus(decay), b_t = sigmoid(write).
+        self.decay, self.write = nn.Linear(C, config.n_head), nn.Linear(C, config.n_head)
 
     @torch.no_grad()
     def start(self):
@@ -371,7 +379,7 @@ class Pulse(nn.Module):
         synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in self.fan_outs())
         for neuron, fan_out in self.fan_outs():
             neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel() * neuron.fine) if self.training else 0.0
-        layers = self.first_layers(idx.size(0)) if state is None else state.layers
+        states = self.empty_states(idx.size(0)) if state is None else state.layers
         if state is not None and not torch.is_grad_enabled():
             x = F.embedding(idx, self.table)
         else:
@@ -381,9 +389,9 @@ class Pulse(nn.Module):
         x, more = self.token_share[0] * token, self.token_share.diff()
         for i, block in enumerate(self.layers):
             if self.checkpointing and self.training:
-                x, after = checkpoint(block, x, layers[i], use_reentrant=False)
+                x, after = checkpoint(block, x, states[i], use_reentrant=False)
             else:
-                x, after = block(x, layers[i])
+                x, after = block(x, states[i])
             x = x + more[i] * token
             if state is not None:
                 state.layers[i] = after
@@ -413,9 +421,9 @@ class Pulse(nn.Module):
         A state is for the weights of this moment: what is read for each token is looked up in a table made here.
         """
         self.table = self.input_table().detach()
-        return PulseState(batch_size, self.first_layers(batch_size))
+        return PulseState(batch_size, self.empty_states(batch_size))
 
-    def first_layers(self, batch_size: int) -> list[tuple]:
+    def empty_states(self, batch_size: int) -> list[tuple]:
         weight = self.token_embedding.weight
         kind = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         return [block.init_state(batch_size, **kind) for block in self.layers]

@@ -35,7 +35,7 @@ from checkpoint import find_checkpoint, for_writing, load_model
 from exact_match import Problem, final_number, problem_key
 from huggingface import read_json
 from model import Flow, generate
-from prepare import chat_ids
+from prepare import chat_ids, conversation_ids
 from scripts import InputError
 from sources import hub_errors
 
@@ -72,9 +72,9 @@ def check_tokenizer(where, tokenizer: Tokenizer, vocab_size: int):
         raise InputError(f"{where}: its tokenizer has no {missing[0]}: expected a chat model in ChatML, such as Qwen3's")
 
 
-def prompt_ids(tokenizer: Tokenizer, question: str) -> list[int]:
+def question_ids(tokenizer: Tokenizer, question: str) -> list[int]:
     """The tokens of a question up to where the answer begins, as a new document: the same for training, evaluation and teaching."""
-    return [tokenizer.token_to_id("<|endoftext|>"), *chat_ids(tokenizer, [{"role": "user", "content": question}], open_turn=True)]
+    return conversation_ids(tokenizer, [{"role": "user", "content": question}])
 
 
 def instruct_ids(tokenizer: Tokenizer, question: str) -> list[int]:
@@ -85,7 +85,7 @@ def instruct_ids(tokenizer: Tokenizer, question: str) -> list[int]:
 class LocalTeacher:
     """A Flow or Pulse in this process, which answers batch_size questions at a time."""
 
-    def __init__(self, model, tokenizer: Tokenizer, stop_ids: Sequence[int], name: str, batch_size: int, encode: Callable = prompt_ids):
+    def __init__(self, model, tokenizer: Tokenizer, stop_ids: Sequence[int], name: str, batch_size: int, encode: Callable = question_ids):
         self.model, self.tokenizer, self.stop_ids, self.name = model, tokenizer, set(stop_ids), name
         self.encode, self.batch_size = encode, batch_size
 
@@ -357,7 +357,7 @@ def read_traces(path: Path, teacher: str | None) -> dict[tuple[str, int], dict]:
             whole = all(isinstance(trace[name], kind) for name, kind in TRACE.items())
             if not whole or not isinstance(trace.get("max_new_tokens", 0), int):
                 raise TypeError
-            f"{trace['question']}{trace['answer']}".encode()  # JSON can spell half a character
+            (trace["question"] + trace["answer"]).encode()  # raises: JSON can spell half a character
             traces[trace["key"], trace["sample"]] = trace
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{path}:{number}: not a trace of distill.py: remove the line or name another --traces") from None

@@ -32,7 +32,7 @@ from checkpoint import MODELS, PHASES, find_checkpoint, load_checkpoint, load_we
 from curves import draw_curves, trim_log
 from device import DTYPES, Device, StopNotice
 from model import PRESETS
-from muon import build_optimizers
+from muon import build_optimizers, update
 from scripts import ArgumentParser, InputError, run
 from shards import Windows
 
@@ -41,7 +41,7 @@ from shards import Windows
 class Recipe:
     """What a preset is trained with unless options say otherwise."""
 
-    tokens_per_step: tuple[int, int, int]  # in phases 1, 2, 3, of one process and one micro-step: batch_size * seq_len
+    micro_step_tokens: tuple[int, int, int]  # of one process in phases 1, 2, 3: batch_size * seq_len
     grad_accum: int
     steps: tuple[int, int, int]  # optimizer steps of the phases
     lr: tuple[float, float, float]  # their peaks
@@ -49,8 +49,8 @@ class Recipe:
 
 # nano's rates are from sweeps over whole curricula (docs/pulse.md). Phase 1: of 0.003 to 0.016 this one solves most problems afterwards.
 # Phase 2: half the batch of phase 1, at 1/sqrt(2) of its rate; so many steps because sums are learned late. Phase 3, which is short:
-# a quarter is better than half and all of it. The other presets' rates follow from nano's by 1/sqrt(d_model), their steps give 20 tokens
-# per parameter: neither has been tried.
+# a quarter is better than half and all of it. The other presets' rates follow from nano's of phases 1 and 3 by 1/sqrt(d_model) (their
+# batch is not halved in phase 2), their steps give 20 tokens per parameter: neither has been tried.
 RECIPES = {
     "nano": Recipe((2048, 1024, 2048), 1, (1500, 4000, 500), (0.004, 0.0028, 0.001)),
     "small": Recipe((32_768,) * 3, 1, (8_000, 5_000, 3_000), (0.002, 0.002, 0.0005)),
@@ -150,6 +150,72 @@ def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str,
         raise InputError(f"{path} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
 
 
+def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
+    """--fresh: removes the checkpoints of this phase and later ones, and their lines of the log. Raises InputError, and removes nothing,
+    when the phase could not begin again."""
+    last = args.out / "last.pt"
+    if start := beginning(args, phase):
+        check_start(start, load_checkpoint(start), args, config, tokenizer_json, bool(args.init))
+    if device.rank != 0:
+        return
+    try:
+        begun = load_checkpoint(last)["phase"]
+    except InputError:  # none, or none that could go on
+        begun = math.inf
+    if begun < phase:
+        previous(args.out, phase)  # refuses to lose an earlier phase
+    else:
+        last.unlink(missing_ok=True)
+    for n in range(phase, len(PHASES) + 1):
+        for name in (f"phase{n}.pt", f"phase{n}_best.pt"):
+            (args.out / name).unlink(missing_ok=True)
+    trim_log(args.out / "log.jsonl", phase - 1, 10**9)
+
+
+def start_phase(args, phase: int, is_first: bool, config, tokenizer_json: str, settings: dict, grad_accum: int, device: Device, say):
+    """(model, optimizers, (step, tokens, seconds, wall, best)): of this phase's last checkpoint, of the phase before, of --init, or new."""
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model][0](config).to(device.torch)
+    model.checkpointing = args.checkpointing
+    if args.model == "pulse":
+        model.rate_penalty = settings["rate_penalty"] / grad_accum  # it acts in every micro-step
+    optimizers = build_optimizers(model, settings["lr"], args.weight_decay, device.dtype)
+    step, tokens, seconds, wall, best = 0, 0, 0.0, 0.0, math.inf
+    origin, same_phase = previous(args.out, phase)
+    later = [n for n in PHASES if n > phase and (args.out / f"phase{n}.pt").exists()]
+    if later and not same_phase:
+        why = f"{args.out}/phase{later[0]}.pt was trained without a phase {phase}"
+        raise InputError(f"{why}: remove it with --fresh --phase={phase}, or name another --out")
+    begins = is_first and not same_phase
+    origin, weights_only = beginning(args, phase) if begins else origin, bool(begins and args.init)  # of another run nothing else
+    if origin:
+        checkpoint = load_checkpoint(origin)
+        if same_phase:
+            check_same(origin, checkpoint["settings"], settings)
+        check_start(origin, checkpoint, args, config, tokenizer_json, weights_only)
+        load_weights(model, checkpoint, origin)
+        if not weights_only:
+            for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+                optimizer.load_state_dict(state)
+                optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # AdamW's state brings that of the phase before along
+            tokens, seconds, wall = checkpoint["tokens"], checkpoint["seconds"], checkpoint["wall"]
+        if same_phase:
+            step, best = checkpoint["step"], checkpoint["best"]
+        elif phase == 2 and args.model == "pulse":
+            model.shorten(args.shorten)
+        elif phase == 3 and args.quieten:
+            model.quieten(args.quieten)
+        say(f"continuing {origin} at step {step:,}" if same_phase else f"starting from {origin}")
+    elif phase > 1:
+        say(f"no {args.out}/phase{phase - 1}.pt: starting from new weights (the curriculum would train --phase={phase - 1} first)")
+    if device.rank == 0:
+        log = args.out / "log.jsonl"
+        trim_log(log, phase, step) if same_phase else trim_log(log, phase - 1, 10**9)
+    if args.compile:
+        compile_parts(model)
+    return model, optimizers, (step, tokens, seconds, wall, best)
+
+
 def start_wandb(args, config):
     try:
         import wandb
@@ -186,14 +252,14 @@ def parse_args(argv=None):
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="of matrix products (default: bf16 where the device multiplies it fast)")
     parser.add_argument("--compile", action="store_true", help="torch.compile blocks and loss: faster on a GPU, after half a minute of it")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more work")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more arithmetic")
     parser.add_argument("--fresh", action="store_true", help="start over, from --phase if given: removes the checkpoints")
     parser.add_argument("--price", type=float, help="dollars per hour of the machine, to show the cost so far")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
     fields = [field for _, Config, _ in MODELS.values() for field in dataclasses.fields(Config)]
     sizes = {field.name: field.type for field in fields if field.type in (int, float, str) and field.name != "vocab_size"}
     for name, kind in sizes.items():
-        parser.add_argument(f"--{name}", type=kind, help="size of the model")
+        parser.add_argument(f"--{name}", type=kind, help="in place of the preset's (FlowConfig in model.py, PulseConfig in snn_model.py)")
     args = parser.parse_args(argv)
     positive = ("steps", "batch_size", "grad_accum", "seq_len", "lr", "price")
     for name in (*positive, "save_interval", "eval_interval", "log_interval", "eval_tokens"):
@@ -268,7 +334,7 @@ def train(args, device: Device, say):
     plan, windows = {}, {}
     for phase in [args.phase] if args.phase else PHASES:
         seq_len, limit = args.seq_len or PHASES[phase][1], getattr(config, "max_seq_len", math.inf)  # a Pulse reads any number
-        batch_size = args.batch_size or max(1, recipe.tokens_per_step[phase - 1] // seq_len)
+        batch_size = args.batch_size or max(1, recipe.micro_step_tokens[phase - 1] // seq_len)
         plan[phase] = (seq_len, batch_size, args.grad_accum or recipe.grad_accum, args.steps or recipe.steps[phase - 1])
         splits = ("train", "val")
         windows[phase] = {split: Windows(args.data, phase, split, seq_len, config.vocab_size, fingerprint) for split in splits}
@@ -286,21 +352,8 @@ def train(args, device: Device, say):
         raise InputError(f"--out={args.out} holds data of prepare.py: name another folder for the run")
     args.out.mkdir(parents=True, exist_ok=True)
     log, last = args.out / "log.jsonl", args.out / "last.pt"
-    if args.fresh and (start := beginning(args, min(plan))):  # before anything is removed
-        check_start(start, load_checkpoint(start), args, config, tokenizer_json, bool(args.init))
-    if args.fresh and device.rank == 0:
-        try:
-            begun = load_checkpoint(last)["phase"]
-        except InputError:  # none, or none that could go on
-            begun = math.inf
-        if begun < min(plan):
-            previous(args.out, min(plan))  # refuses to lose an earlier phase
-        else:
-            last.unlink(missing_ok=True)
-        for phase in range(min(plan), len(PHASES) + 1):
-            for name in (f"phase{phase}.pt", f"phase{phase}_best.pt"):
-                (args.out / name).unlink(missing_ok=True)
-        trim_log(log, min(plan) - 1, 10**9)
+    if args.fresh:
+        start_over(args, min(plan), config, tokenizer_json, device)
     device.barrier()
 
     def record(**line):
@@ -334,60 +387,21 @@ def train(args, device: Device, say):
         say(f"\nphase {phase}, {PHASES[phase][0]}: {steps:,} steps of {sequences} x {seq_len:,} = {tokens_per_step:,} tokens,", end=" ")
         say(f"{passes:.2f} times through {data['train'].n_tokens:,} tokens of {args.data}")
 
-        # Weights, optimizers and counters: of this phase's last checkpoint, of the phase before, or new.
-        torch.manual_seed(args.seed)
-        model = MODELS[args.model][0](config).to(device.torch)
-        model.checkpointing = args.checkpointing
-        if args.model == "pulse":
-            model.rate_penalty = rate_penalty / grad_accum  # it acts in every micro-step
-        optimizers = build_optimizers(model, peak_lr, args.weight_decay, device.dtype)
-        step, tokens, seconds, wall, best = 0, 0, 0.0, 0.0, math.inf
-        origin, same_phase = previous(args.out, phase)
-        later = [n for n in PHASES if n > phase and (args.out / f"phase{n}.pt").exists()]
-        if later and not same_phase:
-            why = f"{args.out}/phase{later[0]}.pt was trained without a phase {phase}"
-            raise InputError(f"{why}: remove it with --fresh --phase={phase}, or name another --out")
-        first = phase == min(plan) and not same_phase
-        origin, weights_only = beginning(args, phase) if first else origin, bool(first and args.init)  # of another run nothing else
-        if origin:
-            checkpoint = load_checkpoint(origin)
-            if same_phase:
-                check_same(origin, checkpoint["settings"], settings)
-            check_start(origin, checkpoint, args, config, tokenizer_json, weights_only)
-            load_weights(model, checkpoint, origin)
-            if not weights_only:
-                for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-                    optimizer.load_state_dict(state)
-                    optimizer.param_groups[0]["weight_decay"] = args.weight_decay  # AdamW's state brings that of the phase before along
-                tokens, seconds, wall = checkpoint["tokens"], checkpoint["seconds"], checkpoint["wall"]
-            if same_phase:
-                step, best = checkpoint["step"], checkpoint["best"]
-            elif phase == 2 and args.model == "pulse":
-                model.shorten(args.shorten)
-            elif phase == 3 and args.quieten:
-                model.quieten(args.quieten)
-            say(f"continuing {origin} at step {step:,}" if same_phase else f"starting from {origin}")
-            del checkpoint
-        elif phase > 1:
-            say(f"no {args.out}/phase{phase - 1}.pt: starting from new weights (the curriculum would train --phase={phase - 1} first)")
-        if device.rank == 0:
-            trim_log(log, phase, step) if same_phase else trim_log(log, phase - 1, 10**9)
-        if args.compile:
-            compile_parts(model)
+        model, optimizers, progress = start_phase(
+            args, phase, phase == min(plan), config, tokenizer_json, settings, grad_accum, device, say
+        )
+        step, tokens, seconds, wall, best = progress
         network = model
         if device.ranks > 1:
             network = DistributedDataParallel(model, device_ids=[device.torch] if device.torch.type == "cuda" else None)
 
-        # The loop: learning rate, micro-steps, clip, step, log, evaluate, save.
+        # The loop: learning rate, micro-steps, update, log, evaluate, save.
         model.train()
         losses, logged, began = [], (step, seconds), time.perf_counter()
         stop.restart()
         while step < steps:
             clock = time.perf_counter()
             lr = lr_at(step, steps, peak_lr)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
             for micro in range(grad_accum):
                 first = ((step * grad_accum + micro) * device.ranks + device.rank) * batch_size  # number of a training example
                 x, y = device.put(data["train"].batch(args.seed, phase, first, batch_size))
@@ -397,10 +411,7 @@ def train(args, device: Device, say):
                         _, loss = network(x, y)
                     (loss / grad_accum).backward()
                 losses.append(loss.detach())
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad(set_to_none=True)
+            grad_norm = update(model, optimizers, lr)  # clips, steps, drops the gradients
             step, tokens = step + 1, tokens + tokens_per_step
 
             ending = step == steps

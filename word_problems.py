@@ -2,7 +2,7 @@
 
 A story is a template: phrasings of a question, the steps of its solution, and the range of each number. Training and
 validation problems tell the same stories with different numbers; test problems tell stories that occur in neither. No number
-has more than two digits: sums of three digits are beyond what a nano model learns in its ten minutes.
+has more than two digits: sums of three digits are beyond what a nano model learns in its curriculum.
 
     from word_problems import problems
     list(problems("train", 2))     # [{"question": "...", "answer": "14 + 18 = <<14+18=32>>32 trees a day. ...\n#### 64"}, ...]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from snn_model import CHUNK, Pulse, PulseConfig, associate, delay
+from associate import CHUNK, associate
+from snn_model import Pulse, PulseConfig, delay
 
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
 

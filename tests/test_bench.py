@@ -14,10 +14,10 @@ from conftest import ROOT
 import bench_gpu
 import by_hand
 import loss
-import memory
 import model as flow
 import peers
 import train
+import training_memory
 from bench import ROWS, TINY, TINY_PULSE, rounds
 from device import Device
 from measure import Bench, state_bytes
@@ -114,7 +114,7 @@ def test_gpu_rows_keep_all_times(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "compile_parts", lambda model: None)
     monkeypatch.setattr(bench_gpu, "PULSE_PRESETS", {"nano": TINY_PULSE})
     monkeypatch.setattr(bench_gpu, "PRESETS", dict.fromkeys(flow.PRESETS, TINY))
-    monkeypatch.setattr(train, "RECIPES", {n: dataclasses.replace(r, tokens_per_step=(2048,) * 3) for n, r in train.RECIPES.items()})
+    monkeypatch.setattr(train, "RECIPES", {n: dataclasses.replace(r, micro_step_tokens=(2048,) * 3) for n, r in train.RECIPES.items()})
     b = bench(tmp_path, repeats=2, quick=True)
     for row in (bench_gpu.gpu_training, bench_gpu.gpu_pulse):
         b.row = row.__name__
@@ -190,9 +190,9 @@ def test_memory_estimate(monkeypatch):
     network, idx = Flow(config).train(), torch.randint(config.vocab_size, (4, 128))
     for checkpointing in (False, True):
         network.checkpointing = checkpointing
-        estimate = memory.training_memory(config, *idx.shape, checkpointing, qk_norm=2)
+        estimate = training_memory.training_memory(config, *idx.shape, checkpointing, qk_norm=2)
         copies = 0 if checkpointing else estimate["bf16"] - 2 * config.vocab_size * config.d_model  # autograd keeps none of the head's
-        kept = memory.kept_bytes(network, idx, idx, torch.autocast("cpu", torch.bfloat16))
+        kept = training_memory.kept_bytes(network, idx, idx, torch.autocast("cpu", torch.bfloat16))
         assert estimate["activations"] + copies == pytest.approx(kept, rel=0.04)
     muon, adamw = build_optimizers(network, 1e-3)
     muon.step()
@@ -218,13 +218,13 @@ def test_memory_peak(monkeypatch, tmp_path):
         profile.export_chrome_trace(str(tmp_path / "trace.json"))
         events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
         changes = [event["args"]["Bytes"] for event in events if event.get("name") == "[memory]" and "Total Allocated" in event["args"]]
-        estimate = memory.training_memory(config, *idx.shape, network.checkpointing, qk_norm=2)
+        estimate = training_memory.training_memory(config, *idx.shape, network.checkpointing, qk_norm=2)
         held = sum(estimate[what] for what in ("weights", "muon", "adamw"))
         assert max(itertools.accumulate(changes)) == pytest.approx(estimate["peak"] - held, rel=0.12)
 
 
 def test_memory_table():
-    lines = memory.table().splitlines()
+    lines = training_memory.table().splitlines()
     assert len(lines) == 2 + 2 * len(flow.PRESETS) and len({line.count("|") for line in lines}) == 1
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import by_hand
-import memory
+import training_memory
 from model import Flow, FlowConfig, RMSNorm, causal_attention, chunks_of_queries, rope_table, rotate
 
 
@@ -113,7 +113,7 @@ def test_it_keeps_less_and_all_of_it_where_checkpointing_sees_it(plain):
     model, idx = Flow(FlowConfig(n_layer=2, global_every=1)), torch.zeros(2, 256, dtype=torch.long)
 
     def kept():
-        return memory.kept_bytes(model, idx, idx, torch.autocast("cpu", torch.bfloat16))
+        return training_memory.kept_bytes(model, idx, idx, torch.autocast("cpu", torch.bfloat16))
 
     ours, probabilities = kept(), 2 * 2 * 2 * 4 * (128 * 128 + 128 * 256)  # bytes of two layers, two sequences, four heads
     model.checkpointing = True

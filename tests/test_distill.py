@@ -25,7 +25,7 @@ from prepare import render_chat
 from scripts import InputError
 from snn_model import Pulse, PulseConfig
 from spikes import firing_rates
-from teachers import INSTRUCTION, Answer, Job, prompt_ids
+from teachers import INSTRUCTION, Answer, Job, question_ids
 from word_problems import problems as word_problems
 
 SHORT = ["--batch_size=4", "--log_interval=2", "--max_new_tokens=12", "--device=cpu"]
@@ -70,7 +70,7 @@ def test_a_checkpoint_answers_in_a_batch_what_it_answers_alone(room):
         together = dict(teachers.checkpoint_teacher(path, "cpu", 4).answers(jobs, 0, 9, 0))
         model, tokenizer, _ = load_model(path)
         for job in jobs:
-            ids = torch.cat(list(generate(model, [prompt_ids(tokenizer, job.question)], 9, 0, stop_ids=[0, 2]))).tolist()
+            ids = torch.cat(list(generate(model, [question_ids(tokenizer, job.question)], 9, 0, stop_ids=[0, 2]))).tolist()
             cut = ids[-1] not in (0, 2)
             assert together[job] == Answer(tokenizer.decode(ids if cut else ids[:-1]), len(ids), "length" if cut else "stop")
 
@@ -79,7 +79,7 @@ def test_an_answer_ends_where_the_context_does(room):
     jobs = [Job(str(i), 0, p["question"][: 10 + 12 * i]) for i, p in enumerate(lines_of(room / "train.jsonl")[:6])]
     teacher = teachers.checkpoint_teacher(room / "out/flow/phase3.pt", "cpu", 4)
     teacher.stop_ids = set()
-    lengths = {job: len(prompt_ids(teacher.tokenizer, job.question)) for job in jobs}
+    lengths = {job: len(question_ids(teacher.tokenizer, job.question)) for job in jobs}
     limit = sorted(lengths.values())[3] + 5
     teacher.model.config = dataclasses.replace(teacher.model.config, max_seq_len=limit)
     answers = dict(teacher.answers(jobs, 0, 9, 0))
@@ -140,7 +140,7 @@ def test_targets_are_the_answer_and_its_end_behind_the_prompt_of_generation(room
         question, answer = pairs[n]
         text = "<|endoftext|>" + render_chat([{"role": "user", "content": question}], open_turn=True)
         prompt = tokenizer.encode(text).ids
-        assert prompt == prompt_ids(tokenizer, question)
+        assert prompt == question_ids(tokenizer, question)
         whole = prompt + tokenizer.encode(answer).ids + [tokenizer.token_to_id("<|im_end|>")]
         T = len(whole) - 1
         assert x[row, :T].tolist() == whole[:-1] and set(x[row, T:].tolist()) <= {tokenizer.token_to_id("<|pad|>")}

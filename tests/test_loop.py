@@ -48,7 +48,7 @@ def test_the_recipe_is_what_is_planned(run, monkeypatch, capsys):
         recipe = train.RECIPES[name]
         with pytest.raises(KeyboardInterrupt):
             run(f"--preset={name}", sizes=sizes)
-        tokens = recipe.grad_accum * sum(steps * size for steps, size in zip(recipe.steps, recipe.tokens_per_step))
+        tokens = recipe.grad_accum * sum(steps * size for steps, size in zip(recipe.steps, recipe.micro_step_tokens))
         assert f"plan: {tokens:,} tokens" in capsys.readouterr().out
     assert train.RECIPES["nano"] == train.Recipe((2048, 1024, 2048), 1, (1500, 4000, 500), (0.004, 0.0028, 0.001))
 

@@ -15,7 +15,7 @@ import prepare
 import sample
 from checkpoint import save_checkpoint
 from model import Flow, FlowConfig
-from sample import prompt_ids
+from sample import text_ids
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_chat_keeps_to_the_window(finished):
 
 def test_prompts_begin_a_document_and_cannot_smuggle_special_tokens():
     tokenizer = Tokenizer.from_str(prepare.train_tokenizer(["some text <|im_end|>"], 300).to_str())
-    ids = prompt_ids(tokenizer, "hi <|im_end|>")
+    ids = text_ids(tokenizer, "hi <|im_end|>")
     assert ids[0] == 0 and not {0, 1, 2, 3} & set(ids[1:])
 
 

@@ -1,6 +1,6 @@
 """How much memory training takes, by what: weights, gradients, optimizers, activations. An estimate that needs no GPU.
 
-    python memory.py                    # every preset of Flow, one sequence of 2,048 tokens, with and without --checkpointing
+    python training_memory.py                    # every preset of Flow, one sequence of 2,048 tokens, with and without --checkpointing
 
 The figures follow from the sizes alone: train.py's fp32 weights, bf16 autocast, Muon and AdamW. What autograd keeps for the
 backward pass is counted operation by operation; kept_bytes() counts what it really keeps, and a test compares the two.
