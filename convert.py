@@ -307,7 +307,7 @@ def to_coreml(args, model, tokenizer, checkpoint, folder: Path) -> None:
         "prefill": PREFILL[args.kind], "embeddings": [model.config.vocab_size, model.config.d_model],
         "stop_ids": [tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>")], "packages": packages,
     }  # fmt: skip
-    if checkpoint["phase"]:  # a model that was imported has its own licence and author
+    if not publish.is_imported(checkpoint):
         contract["license"] = "MIT"
     for package in packages:
         add_metadata(folder / package["file"], contract, checkpoint["tokenizer"])

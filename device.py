@@ -26,8 +26,11 @@ PEAK_FLOPS = {
 
 def choose_device(name: str | None) -> torch.device:
     """cuda, mps or cpu, the best that is there unless named; under torchrun each process takes the GPU of its local rank."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
+    if name == "mps" and not alone:
+        raise InputError("--device=mps is for one process, torch.distributed does not reach Apple's GPU: start without torchrun")
     try:
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
         if device.type == "cuda":
@@ -47,6 +50,11 @@ def has_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return device.type == "mps"
+
+
+def out_of_memory(problem: RuntimeError) -> bool:
+    """Whether an error means that memory ran out: a CPU's and Apple's have no type of their own."""
+    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem) or "out of memory" in str(problem)
 
 
 def keep_freed_memory():
@@ -122,7 +130,9 @@ class Device:
         """Leave the other ranks. When all went well a rank ends here, without Python's finalization: there it has happened, on a busy
         machine, that one of gloo's threads wanted Python once more and aborted a process whose work was done."""
         if self.ranks > 1:
-            dist.destroy_process_group()
+            # Together, when all is well. After a failure the others are elsewhere, and NCCL would wait for them: torchrun ends them.
+            if failed in (None, SystemExit) or self.torch.type != "cuda":
+                dist.destroy_process_group()
             if failed is None:
                 sys.stdout.flush()
                 os._exit(0)
@@ -179,8 +189,11 @@ class Device:
                 if re.search(rf"\b{name}\b", torch.cuda.get_device_name(self.torch)):  # an L40 is not an L4
                     return peak, "data sheet"
         a, best = torch.randn(2048, 2048, device=self.torch).to(self.dtype), math.inf
+        n = 1 if self.torch.type == "cpu" else 16  # products at a time: on a GPU one is over sooner than asking for it
         for _ in range(8):
             start = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the device
+            for _ in range(n):
+                product = a @ a
+            product[0, 0].item()  # waits for the device
             best = min(best, time.perf_counter() - start)
-        return 2 * 2048**3 / best, "measured"
+        return n * 2 * 2048**3 / best, "measured"

@@ -33,13 +33,14 @@ import prepare
 import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from curves import draw_curves, trim_log
-from device import DTYPES, Device, StopNotice
+from device import DTYPES, Device, StopNotice, out_of_memory
 from exact_match import Problem, final_number, majority, problem_files, read_problems, refuse_leaks, wilson
 from loss import distillation_loss
 from muon import build_optimizers, decay_groups, update
+from resume import check_same
 from scripts import ArgumentParser, InputError, run, whole_file
 from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, question_ids
-from train import RATE_PENALTY, check_same, lr_at
+from train import RATE_PENALTY, lr_at
 
 DATA = Path("data/builtin")
 TEACHER = "Qwen/Qwen3-4B-Instruct-2507"  # what --teacher without a name means
@@ -198,7 +199,8 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
     token_bytes = prepare.token_bytes(tokenizer)
     network = model
     if device.ranks > 1:
-        network = DistributedDataParallel(model, device_ids=[device.torch] if device.torch.type == "cuda" else None)
+        network = DistributedDataParallel(model, device_ids=[device.torch] if device.torch.type == "cuda" else None,
+                                          gradient_as_bucket_view=True)  # fmt: skip
 
     def record(**line):
         if device.rank == 0:
@@ -266,7 +268,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
                 save_checkpoint(last, dict(
                     model=source["model"], config=dataclasses.asdict(model.config), weights=model.state_dict(), optimizer=state,
                     tokenizer=source["tokenizer"], settings=settings, data_fingerprint=settings["examples"], phase=PHASE, step=step,
-                    tokens=tokens, seconds=seconds,
+                    tokens=tokens, seconds=seconds, imported=source.get("imported", not source["phase"]),
                 ))  # fmt: skip
         if stopping:
             say(f"stopped at step {step:,}; saved in {last}: the same command goes on from there")
@@ -471,8 +473,14 @@ def distill(args, device: Device, say):
 
 def main(argv=None):
     args = parse_args(argv)
-    with Device(args.device, args.dtype) as device:
-        distill(args, device, device.say)
+    try:
+        with Device(args.device, args.dtype) as device:
+            distill(args, device, device.say)
+    except RuntimeError as problem:
+        if out_of_memory(problem):
+            remedy = "lower --batch_size and raise --grad_accum, lower --gen_batch_size, or choose a smaller model"
+            raise InputError(f"a model or a batch of it does not fit into the memory: {remedy}") from problem
+        raise
 
 
 if __name__ == "__main__":

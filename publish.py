@@ -1,7 +1,8 @@
 """Hugging Face folders: written from a checkpoint, read again, and published on the Hub.
 
-Flow goes out as a Qwen3ForCausalLM, which transformers, vLLM, llama.cpp and others load without code of this project. Pulse goes out as
-safetensors and config.json, which nothing but this project reads.
+Flow goes out as a Qwen3ForCausalLM, which transformers loads without code of this project. Other engines that know Qwen3 may not know
+that some layers have a sliding window (README, "To Hugging Face"). Pulse goes out as safetensors and config.json, which nothing but this
+project reads.
 
     python convert.py --to=hf                           # writes out/<run>-hf
     python convert.py --to=hf --push=user/name          # and publishes it; log in first with `hf auth login`
@@ -47,6 +48,11 @@ def qwen3_config(config: FlowConfig, ends: list[int], start: int, pad: int) -> d
     }  # fmt: skip
 
 
+def is_imported(checkpoint: dict) -> bool:
+    """Whether a model, or the one that it was trained from, came from elsewhere: it has a licence and an author of its own."""
+    return checkpoint.get("imported", not checkpoint["phase"])
+
+
 def card(model: nn.Module, kind: str, figures: list[dict], imported: bool) -> str:
     """README.md of the folder: what the model is, how it did on validation text, how to run it. What an imported model was trained
     with, and its licence, are not known here."""
@@ -58,7 +64,10 @@ def card(model: nn.Module, kind: str, figures: list[dict], imported: bool) -> st
         n, start = model.config.n_layer, "" if imported else "<|endoftext|>"
         sliding = sum(not model.config.is_global(i) for i in range(n))
         windows = f" with sliding windows in {sliding} of {n} layers" if sliding else ""
-        lines += [f"A transformer of the Qwen3 type{windows}{trained}.", "", "```python"]
+        lines += [f"A transformer of the Qwen3 type{windows}{trained}.", ""]
+        if sliding:
+            lines += ["An engine that ignores `layer_types` of config.json attends to everything in every layer and writes worse.", ""]
+        lines += ["```python"]
         lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
         lines += ["model = AutoModelForCausalLM.from_pretrained(FOLDER)", "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"]
         lines += [f'ids = tokenizer("{start}The function", return_tensors="pt")']
@@ -118,7 +127,7 @@ def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) ->
         },
     )  # fmt: skip
     figures = measured(run / "log.jsonl", checkpoint["phase"], checkpoint["step"])
-    (folder / "README.md").write_text(card(model, kind, figures, imported=not checkpoint["phase"]), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, kind, figures, imported=is_imported(checkpoint)), encoding="utf-8")
 
 
 def read_folder(folder: str | Path):

@@ -119,8 +119,8 @@ def checkpoint_teacher(path: Path, device, batch_size: int) -> LocalTeacher:
     """A checkpoint of this project; its name holds a checksum of the weights, so that a model trained further is another teacher."""
     model, tokenizer, _ = load_model(path, device)
     check_tokenizer(path, tokenizer, model.config.vocab_size)
+    name = f"{path}@{weights_checksum(model):08x}"  # of the file, whatever the precision it writes in here
     model = for_writing(model)
-    name = f"{path}@{weights_checksum(model):08x}"
     stop_ids = [tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
     return LocalTeacher(model, tokenizer, stop_ids, name, batch_size)
 
@@ -257,7 +257,7 @@ class ServerTeacher:
             said = b""
             with contextlib.suppress(OSError, http.client.HTTPException):  # a reply cut short: the status says enough
                 said = problem.read(1 << 16)
-            hint = f"put the key into {KEY}" if problem.code in (401, 403) else "check --teacher and --teacher_model"
+            hint = f"put the key into {KEY}" if problem.code in (401, 403) else "check --teacher, which ends in /v1, and --teacher_model"
             why = f"{self.url}/{path}: HTTP {problem.code} ({quoted(said.decode(errors='replace'), key)}): {hint}"
             raise (Refused(why, problem.code) if problem.code in (400, 413, 422) else InputError(why)) from None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as problem:  # refused, cut, timed out, no JSON

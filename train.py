@@ -30,9 +30,10 @@ import prepare
 import spikes
 from checkpoint import MODELS, PHASES, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from curves import draw_curves, trim_log
-from device import DTYPES, Device, StopNotice
+from device import DTYPES, Device, StopNotice, out_of_memory
 from model import PRESETS
 from muon import build_optimizers, update
+from resume import beginning, check_same, check_start, previous, read_start, start_over
 from scripts import ArgumentParser, InputError, run
 from shards import Windows
 
@@ -41,7 +42,7 @@ from shards import Windows
 class Recipe:
     """What a preset is trained with unless options say otherwise."""
 
-    micro_step_tokens: tuple[int, int, int]  # of one process in phases 1, 2, 3: batch_size * seq_len
+    micro_step_tokens: tuple[int, int, int]  # batch_size * seq_len of one process in phases 1, 2, 3
     grad_accum: int
     steps: tuple[int, int, int]  # optimizer steps of the phases
     lr: tuple[float, float, float]  # their peaks
@@ -94,6 +95,20 @@ def evaluate(model, data: Windows, token_bytes: np.ndarray, eval_tokens: int, ba
     return nats / n_tokens, nats / math.log(2) / max(1, n_bytes)
 
 
+def report(model, data: Windows, token_bytes: np.ndarray, batch_size: int, args, device: Device, say, where: str) -> dict:
+    """Evaluates, says how it went, of a Pulse also how it fires, and returns what the log keeps of it."""
+    with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
+        val_loss, val_bpb = evaluate(model, data, token_bytes, args.eval_tokens, batch_size, device)
+        say(f"{where}  validation loss {val_loss:.4f}  {val_bpb:.4f} bits per byte", flush=True)
+        firing = {}
+        if args.model == "pulse":
+            x, _ = device.put(data.read(0)[None].astype(np.int64))
+            with device.autocast():
+                firing = spikes.summary(spikes.firing_rates(model, x))
+            say(f"  spikes per neuron and token {firing['spikes']} by block, {firing['silent']:.1%} of the neurons silent")
+    return {"val_loss": round(val_loss, 5), "val_bpb": round(val_bpb, 5), **firing}
+
+
 def compile_parts(model: torch.nn.Module):
     """Compile the blocks, for one shape each, and the loss. Blocks are alike: two kinds take seconds where the whole model takes a minute,
     and what lies between them is little. What was compiled before, for the phase before, is forgotten: kinds are kept up to a limit."""
@@ -103,73 +118,7 @@ def compile_parts(model: torch.nn.Module):
     model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
 
 
-# -------------------------------------------------------------------------------------------------- settings of a run, log
-
-
-def previous(out: Path, phase: int) -> tuple[Path | None, bool]:
-    """(the checkpoint that a phase goes on from or None, whether it is one of the same phase): last.pt, or the phase before's.
-
-    Raises InputError when last.pt is an unfinished other phase: this one would overwrite it.
-    """
-    last, before = out / "last.pt", out / f"phase{phase - 1}.pt"
-    if last.exists():
-        begun = load_checkpoint(last)["phase"]
-        if begun == phase:
-            return last, True
-        if begun not in PHASES:
-            raise InputError(f"{last} is a distillation of distill.py: name another --out")
-        if not (out / f"phase{begun}.pt").exists():
-            raise InputError(f"{last} is an unfinished phase {begun}: finish it with --phase={begun}, or name another --out")
-    return (before, False) if before.exists() else (None, False)
-
-
-def check_same(path: Path, theirs: dict, ours: dict):
-    """Raise InputError naming every setting in which a checkpoint and this command differ."""
-    differ = [f"{name} is {theirs.get(name)} there, {ours[name]} here" for name in ours if theirs.get(name) != ours[name]]
-    if differ:
-        remedy = "give the same settings, another --out, or --fresh to start over"
-        raise InputError(f"{path} was trained with other settings ({'; '.join(differ)}): {remedy}")
-
-
-def beginning(args, phase: int) -> Path | None:
-    """What this command's first phase starts from: --init, the phase before in --out, or None for new weights. InputError if it cannot."""
-    before = args.out / f"phase{phase - 1}.pt"
-    if args.init and before.exists():
-        raise InputError(f"--init={args.init} is for a run's first weights, and {before} is there: name another --out or leave it out")
-    if phase == 3 and args.quieten and not args.init and not before.exists():
-        raise InputError(f"--quieten={args.quieten} is for a trained Pulse, and {args.out} holds no phase2.pt: train --phase=2 first")
-    return find_checkpoint(args.init) if args.init else before if before.exists() else None
-
-
-def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str, weights_only: bool):
-    """Raise InputError when a phase cannot go on from a checkpoint with this network and these data."""
-    check_same(path, {"model": checkpoint["model"], **checkpoint["config"]}, {"model": args.model, **dataclasses.asdict(config)})
-    if checkpoint["tokenizer"] != tokenizer_json:
-        raise InputError(f"{path} was trained with another tokenizer than that of {args.data}: use its data or another --out")
-    if "optimizer" not in checkpoint and not weights_only:
-        raise InputError(f"{path} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
-
-
-def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
-    """--fresh: removes the checkpoints of this phase and later ones, and their lines of the log. Raises InputError, and removes nothing,
-    when the phase could not begin again."""
-    last = args.out / "last.pt"
-    if start := beginning(args, phase):
-        check_start(start, load_checkpoint(start), args, config, tokenizer_json, bool(args.init))
-    if device.rank != 0:
-        return
-    try:
-        begun = load_checkpoint(last)["phase"]
-    except InputError:  # none, or none that could go on
-        begun = math.inf
-    if begun < phase:
-        previous(args.out, phase)  # refuses to lose an earlier phase
-    else:
-        last.unlink(missing_ok=True)
-    for n in range(phase, len(PHASES) + 1):
-        for name in (f"phase{n}.pt", f"phase{n}_best.pt"):
-            (args.out / name).unlink(missing_ok=True)
-    trim_log(args.out / "log.jsonl", phase - 1, 10**9)
+# -------------------------------------------------------------------------------------------------- start of a phase, log
 
 
 def start_phase(args, phase: int, is_first: bool, config, tokenizer_json: str, settings: dict, grad_accum: int, device: Device, say):
@@ -189,7 +138,7 @@ def start_phase(args, phase: int, is_first: bool, config, tokenizer_json: str, s
     begins = is_first and not same_phase
     origin, weights_only = beginning(args, phase) if begins else origin, bool(begins and args.init)  # of another run nothing else
     if origin:
-        checkpoint = load_checkpoint(origin)
+        checkpoint = read_start(origin)
         if same_phase:
             check_same(origin, checkpoint["settings"], settings)
         check_start(origin, checkpoint, args, config, tokenizer_json, weights_only)
@@ -216,12 +165,18 @@ def start_phase(args, phase: int, is_first: bool, config, tokenizer_json: str, s
     return model, optimizers, (step, tokens, seconds, wall, best)
 
 
-def start_wandb(args, config):
+def start_wandb(args, config, plan: dict):
+    """A Weights & Biases run of the folder's name: one that was stopped goes on in the same."""
     try:
         import wandb
     except ImportError as problem:
         raise InputError("--wandb needs the package wandb: pip install wandb") from problem
-    return wandb.init(project=args.wandb, name=args.out.name, config={**dataclasses.asdict(config), "lr": args.lr, "seed": args.seed})
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if value is not None}
+    phases = {f"phase{n}": dict(zip(("seq_len", "batch_size", "grad_accum", "steps"), sizes)) for n, sizes in plan.items()}
+    name = args.out.resolve().name
+    tracker = wandb.init(project=args.wandb, name=name, id=name, resume="allow", config=options | dataclasses.asdict(config) | phases)
+    tracker.define_metric("*", step_metric="tokens")
+    return tracker
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
@@ -236,8 +191,8 @@ def parse_args(argv=None):
     parser.add_argument("--init", metavar="CKPT", help="first weights: a checkpoint or the folder of a run with the tokenizer of --data")
     parser.add_argument("--phase", type=int, choices=PHASES, help="train this phase only (default: all that are not finished)")
     parser.add_argument("--steps", type=int, help="optimizer steps per phase (default: the preset's)")
-    parser.add_argument("--batch_size", type=int, help="sequences per process and micro-step (default: the preset's tokens / seq_len)")
-    parser.add_argument("--grad_accum", type=int, help="micro-steps per optimizer step (default: the preset's)")
+    parser.add_argument("--batch_size", type=int, help="sequences per process and micro-step (default: the preset's share of tokens)")
+    parser.add_argument("--grad_accum", type=int, help="micro-steps per optimizer step (default: the preset's, shared among processes)")
     parser.add_argument("--seq_len", type=int, help="window in tokens (default: the phase's, 256, 1024 or 2048)")
     parser.add_argument("--lr", type=float, help="peak learning rate of Muon and AdamW (default: the preset's for the phase)")
     parser.add_argument("--weight_decay", type=float, default=0.1, help="decoupled weight decay of matrices and embeddings (default: 0.1)")
@@ -259,7 +214,9 @@ def parse_args(argv=None):
     fields = [field for _, Config, _ in MODELS.values() for field in dataclasses.fields(Config)]
     sizes = {field.name: field.type for field in fields if field.type in (int, float, str) and field.name != "vocab_size"}
     for name, kind in sizes.items():
-        parser.add_argument(f"--{name}", type=kind, help="in place of the preset's (FlowConfig in model.py, PulseConfig in snn_model.py)")
+        presets = {model: [getattr(config, name, None) for config in presets.values()] for model, (_, _, presets) in MODELS.items()}
+        values = {model: ", ".join(map(str, dict.fromkeys(values))) for model, values in presets.items() if None not in values}
+        parser.add_argument(f"--{name}", type=kind, help="; ".join(f"{model.capitalize()} {value}" for model, value in values.items()))
     args = parser.parse_args(argv)
     positive = ("steps", "batch_size", "grad_accum", "seq_len", "lr", "price")
     for name in (*positive, "save_interval", "eval_interval", "log_interval", "eval_tokens"):
@@ -281,14 +238,19 @@ def parse_args(argv=None):
     return args
 
 
-def model_config(args, vocab_size: int):
-    """The preset with the sizes that options override; the vocabulary is the data's."""
+def model_config(args, vocab_size: int, start: dict | None = None):
+    """The preset, or what --init holds, with the sizes that options override; the vocabulary is the data's."""
     _, Config, presets = MODELS[args.model]
+    base = presets[args.preset]
+    if start:
+        if start["model"] != args.model:
+            raise InputError(f"--init={args.init} holds a {start['model']}: give --model={start['model']}, or other first weights")
+        base = Config(**start["config"])
     foreign = args.sizes.keys() - {f.name for f in dataclasses.fields(Config)}
     if foreign:
         raise InputError(f"--{sorted(foreign)[0]} is not a size of --model={args.model}: leave it out")
     try:
-        return dataclasses.replace(presets[args.preset], vocab_size=vocab_size, **args.sizes)
+        return dataclasses.replace(base, vocab_size=vocab_size, **args.sizes)
     except ValueError as problem:
         raise InputError(f"these sizes do not fit together: {problem}") from problem
 
@@ -302,7 +264,7 @@ def main(argv=None):
         if cause := getattr(problem, "inner_exception", None):  # BackendCompilerFailed, whose module takes seconds to import
             why = str(cause).splitlines()[0]
             raise InputError(f"--compile does not work here ({why}): install a C++ compiler, or leave it out") from problem
-        if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):  # a CPU's has no type of its own
+        if out_of_memory(problem):
             remedy = "lower --batch_size and raise --grad_accum, give --checkpointing, or choose a smaller model"
             raise InputError(f"the model or a batch of it does not fit into the memory: {remedy}") from problem
         raise
@@ -326,7 +288,9 @@ def train(args, device: Device, say):
         token_bytes = prepare.token_bytes(Tokenizer.from_str(tokenizer_json))
     except Exception as problem:  # the only type that the tokenizers library raises
         raise InputError(f"{args.data}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
-    config = model_config(args, meta["vocab_size"])
+    init = read_start(find_checkpoint(args.init)) if args.init else None
+    config, imported = model_config(args, meta["vocab_size"], init), bool(init) and init.get("imported", not init["phase"])
+    del init
     recipe = RECIPES[args.preset]
 
     # What each phase will do, all of it before anything is trained or removed: the plan is compared with Chinchilla's optimum, and
@@ -334,8 +298,11 @@ def train(args, device: Device, say):
     plan, windows = {}, {}
     for phase in [args.phase] if args.phase else PHASES:
         seq_len, limit = args.seq_len or PHASES[phase][1], getattr(config, "max_seq_len", math.inf)  # a Pulse reads any number
-        batch_size = args.batch_size or max(1, recipe.micro_step_tokens[phase - 1] // seq_len)
-        plan[phase] = (seq_len, batch_size, args.grad_accum or recipe.grad_accum, args.steps or recipe.steps[phase - 1])
+        # The recipe's batch, shared among the ranks: fewer micro-steps first, then fewer sequences, of which each rank has one at least.
+        grad_accum = -(-recipe.grad_accum // device.ranks)
+        batch_size = recipe.micro_step_tokens[phase - 1] * recipe.grad_accum // (seq_len * grad_accum * device.ranks)
+        batch_size, grad_accum = args.batch_size or max(1, batch_size), args.grad_accum or grad_accum
+        plan[phase] = (seq_len, batch_size, grad_accum, args.steps or recipe.steps[phase - 1])
         splits = ("train", "val")
         windows[phase] = {split: Windows(args.data, phase, split, seq_len, config.vocab_size, fingerprint) for split in splits}
         if seq_len > limit:
@@ -347,7 +314,7 @@ def train(args, device: Device, say):
     say(f"plan: {planned:,} tokens, {planned / config.num_params():.1f} per parameter (Chinchilla's optimum is about {CHINCHILLA})")
 
     # Files of the run.
-    tracker = start_wandb(args, config) if args.wandb and device.rank == 0 else None
+    tracker = start_wandb(args, config, plan) if args.wandb and device.rank == 0 else None
     if (args.out / "meta.json").exists():
         raise InputError(f"--out={args.out} holds data of prepare.py: name another folder for the run")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -393,11 +360,15 @@ def train(args, device: Device, say):
         step, tokens, seconds, wall, best = progress
         network = model
         if device.ranks > 1:
-            network = DistributedDataParallel(model, device_ids=[device.torch] if device.torch.type == "cuda" else None)
+            network = DistributedDataParallel(model, device_ids=[device.torch] if device.torch.type == "cuda" else None,
+                                              gradient_as_bucket_view=True)  # not a second copy of them  # fmt: skip
 
         # The loop: learning rate, micro-steps, update, log, evaluate, save.
         model.train()
         losses, logged, began = [], (step, seconds), time.perf_counter()
+        if step == 0 and args.init and phase == min(plan):  # what there was before
+            figures = report(model, data["val"], token_bytes, batch_size, args, device, say, f"phase {phase} step     0/{steps:,}")
+            record(step=0, phase=phase, tokens=tokens, seconds=round(seconds, 3), **figures)
         stop.restart()
         while step < steps:
             clock = time.perf_counter()
@@ -443,25 +414,14 @@ def train(args, device: Device, say):
                 losses, logged = [], (step, seconds)
             improved = False
             if evaluate_now:
-                with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
-                    val_loss, val_bpb = evaluate(model, data["val"], token_bytes, args.eval_tokens, batch_size, device)
-                say(f"phase {phase} step {step:>5,}/{steps:,}  validation loss {val_loss:.4f}  {val_bpb:.4f} bits per byte", flush=True)
-                firing = {}
-                if args.model == "pulse":
-                    x, _ = device.put(data["val"].read(0)[None].astype(np.int64))
-                    with device.autocast(), torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
-                        firing = spikes.summary(spikes.firing_rates(model, x))
-                    say(f"  spikes per neuron and token {firing['spikes']} by block, {firing['silent']:.1%} of the neurons silent")
-                record(
-                    step=step, phase=phase, tokens=tokens, seconds=round(seconds, 3), val_loss=round(val_loss, 5),
-                    val_bpb=round(val_bpb, 5), **firing,
-                )  # fmt: skip
-                improved, best = val_loss < best, min(best, val_loss)
+                figures = report(model, data["val"], token_bytes, batch_size, args, device, say, f"phase {phase} step {step:>5,}/{steps:,}")
+                record(step=step, phase=phase, tokens=tokens, seconds=round(seconds, 3), **figures)
+                improved, best = figures["val_loss"] < best, min(best, figures["val_loss"])
             if improved or save_now or stopping:
                 checkpoint = dict(
                     model=args.model, config=dataclasses.asdict(config), weights=model.state_dict(), tokenizer=tokenizer_json,
                     settings=settings, data_fingerprint=meta["fingerprint"], phase=phase, step=step, tokens=tokens, seconds=seconds,
-                    wall=total_wall, best=best,
+                    wall=total_wall, best=best, imported=imported,
                 )  # fmt: skip
                 if improved and device.rank == 0:
                     save_checkpoint(args.out / f"phase{phase}_best.pt", checkpoint)

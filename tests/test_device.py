@@ -5,7 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import ROOT
+
+from device import Device, choose_device, out_of_memory
+from scripts import InputError
 
 FAULTS = """
 import resource, sys, torch
@@ -32,3 +37,31 @@ def test_memory_of_freed_tensors_is_used_again():
         run = subprocess.run([sys.executable, "-c", FAULTS, way], cwd=ROOT, capture_output=True, text=True, check=True)
         faults[way] = int(run.stdout)
     assert faults["kept"] < faults["returned"] / 10
+
+def test_several_processes_do_not_take_apple_s_gpu(monkeypatch):
+    """torch.distributed has no collectives for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_device(None).type == "cpu"
+    with pytest.raises(InputError, match="--device=mps is for one process, .*: start without torchrun"):
+        choose_device("mps")
+
+
+@pytest.mark.parametrize(("kind", "error", "leaves"), [("cuda", InputError, False), ("cuda", SystemExit, True), ("cpu", InputError, True)])
+def test_a_rank_that_failed_does_not_wait_for_the_others(monkeypatch, kind, error, leaves):
+    """NCCL's end takes all ranks, and these are in the middle of something: the message would never be read."""
+    left = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    device = Device("cpu")
+    device.ranks, device.torch = 2, torch.device(kind)
+    with pytest.raises(error), device:
+        raise error("because")
+    assert bool(left) == leaves
+
+
+def test_memory_that_ran_out_is_known_by_its_words():
+    assert out_of_memory(torch.OutOfMemoryError("CUDA")) and out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert out_of_memory(caught.value) and not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -75,6 +75,14 @@ def test_a_checkpoint_answers_in_a_batch_what_it_answers_alone(room):
             assert together[job] == Answer(tokenizer.decode(ids if cut else ids[:-1]), len(ids), "length" if cut else "stop")
 
 
+def test_a_teacher_has_one_name_in_every_precision(room, monkeypatch):
+    """It writes in bf16 on a GPU; answers asked for there are as good on a CPU."""
+    path = room / "out/flow/phase3.pt"
+    name = teachers.checkpoint_teacher(path, "cpu", 4).name
+    monkeypatch.setattr(teachers, "for_writing", lambda model: model.bfloat16())
+    assert teachers.checkpoint_teacher(path, "cpu", 4).name == name
+
+
 def test_an_answer_ends_where_the_context_does(room):
     jobs = [Job(str(i), 0, p["question"][: 10 + 12 * i]) for i, p in enumerate(lines_of(room / "train.jsonl")[:6])]
     teacher = teachers.checkpoint_teacher(room / "out/flow/phase3.pt", "cpu", 4)

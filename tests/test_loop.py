@@ -4,11 +4,14 @@ import json
 import math
 import re
 import signal
+import sys
+import types
 
 import pytest
 import torch
 from conftest import SIZES
 
+import convert
 import device
 import model as flow
 import train
@@ -151,8 +154,12 @@ def test_a_run_can_start_from_another_s_weights(run, finished, tmp_path):
     for name, weight in began["weights"].items():
         torch.testing.assert_close(first["weights"][name], weight, rtol=1e-5, atol=1e-9)
     assert log[-1]["tokens"] == first["tokens"] == 2 * 4 * 32 and first["settings"]["init"] == str(finished)
-    with pytest.raises(InputError, match="phase1.pt was trained with other settings .init is .* there, elsewhere here"):
-        run("--init=elsewhere", "--phase=1", "--steps=2", "--lr=1e-12", "--weight_decay=0")
+    assert [line["step"] for line in log] == [0, 1, 2, 2]  # evaluated before the first step too, and with these rates as good as after
+    assert log[0]["val_loss"] == pytest.approx(log[-1]["val_loss"], abs=1e-4)
+    elsewhere = tmp_path / "elsewhere.pt"
+    save_checkpoint(elsewhere, began)
+    with pytest.raises(InputError, match="phase1.pt was trained with other settings .init is .* there, .*elsewhere.pt here"):
+        run(f"--init={elsewhere}", "--phase=1", "--steps=2", "--lr=1e-12", "--weight_decay=0")
     with pytest.raises(InputError, match="is for a run's first weights, and .*phase1.pt is there: name another --out or leave it out"):
         run(f"--init={finished}", "--phase=2", "--steps=2")
     del first["optimizer"]
@@ -163,6 +170,86 @@ def test_a_run_can_start_from_another_s_weights(run, finished, tmp_path):
         run(f"--init={finished}", "--n_layer=3", out="deeper")
     with pytest.raises(InputError, match="nowhere holds no checkpoint yet"):
         run("--init=nowhere", out="other")
+    with pytest.raises(InputError, match="holds a flow: give --model=flow, or other first weights"):
+        run(f"--init={finished}", sizes=PULSE, out="spiking")
+
+
+def test_first_weights_bring_their_sizes_along(run, finished, tmp_path):
+    options = [option for option in TINY if option not in SIZES]
+    run(f"--init={finished}", "--phase=1", "--steps=1", sizes=options)
+    assert load_checkpoint(tmp_path / "run/phase1.pt")["config"] == load_checkpoint(finished / "phase3.pt")["config"]
+
+
+def test_first_weights_from_a_hugging_face_folder(run, finished, tmp_path):
+    """They came from elsewhere, or may have, which is not forgotten: the model has a licence of its own."""
+    convert.main([f"--ckpt={finished}", "--to=hf", f"--out={tmp_path / 'hf'}"])
+    options = [option for option in TINY if option not in SIZES]
+    run(f"--init={tmp_path / 'hf'}", "--phase=1", "--steps=2", "--lr=1e-12", "--weight_decay=0", sizes=options)
+    first, began = load_checkpoint(tmp_path / "run/phase1.pt"), load_checkpoint(finished / "phase3.pt")
+    for name, weight in began["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, rtol=1e-5, atol=1e-9)
+    assert first["imported"] and not load_checkpoint(finished / "phase3.pt")["imported"]
+    convert.main([f"--ckpt={tmp_path / 'run'}", "--to=hf", f"--out={tmp_path / 'again'}"])
+    assert "license" not in (tmp_path / "again/README.md").read_text() and "license: mit" in (tmp_path / "hf/README.md").read_text()
+
+
+def test_first_weights_that_the_run_would_remove_are_refused(run, tmp_path):
+    run("--phase=1", "--steps=1")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(InputError, match="--init=.*run lies in --out=.*run, which a run of its own needs: name another --out"):
+        run(f"--init={tmp_path / 'run'}", "--fresh", "--phase=1", "--steps=2")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_share_the_batch_of_the_recipe(run, monkeypatch, capsys, ranks):
+    """Within a tenth: base has 8 micro-steps, which three ranks cannot share evenly."""
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "StopNotice", stop)
+    monkeypatch.setattr(device.Device, "__init__", several(ranks))
+    monkeypatch.setattr(device.Device, "barrier", lambda self: None)
+    monkeypatch.setattr(device.Device, "__exit__", lambda self, *failed: None)
+    sizes = [option for option in TINY if not option.startswith("--batch_size")]
+    for name in ("small", "base", "1b"):
+        recipe = train.RECIPES[name]
+        with pytest.raises(KeyboardInterrupt):
+            run(f"--preset={name}", sizes=sizes)
+        planned = int(re.search(r"plan: ([\d,]+) tokens", capsys.readouterr().out)[1].replace(",", ""))
+        tokens = recipe.grad_accum * sum(steps * size for steps, size in zip(recipe.steps, recipe.micro_step_tokens))
+        assert 0.9 * tokens <= planned <= tokens and (ranks == 3 or planned == tokens)
+
+
+def several(ranks: int):
+    """Device.__init__ of the first of so many ranks, none of which is there."""
+    alone = device.Device.__init__
+
+    def init(self, *arguments):
+        alone(self, *arguments)
+        self.ranks = ranks
+
+    return init
+
+
+def test_wandb_is_told_the_whole_plan_and_the_tokens(run, monkeypatch):
+    told = {"logged": []}
+
+    class Tracker:
+        define_metric = staticmethod(lambda name, step_metric: told.update({name: step_metric}))
+        log = staticmethod(told["logged"].append)
+        finish = staticmethod(lambda: None)
+
+    wandb = types.SimpleNamespace(init=lambda **options: told.update(options) or Tracker)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = run("--phase=2", "--steps=2", "--lr=0.003", "--wandb=mine")
+    assert told["project"] == "mine" and told["name"] == told["id"] == "run" and told["resume"] == "allow" and told["*"] == "tokens"
+    config = told["config"]
+    assert config["phase2"] == {"seq_len": 32, "batch_size": 4, "grad_accum": 1, "steps": 2} and "phase1" not in config
+    assert config["lr"] == 0.003 and config["n_layer"] == 2 and config["preset"] == "nano" and "data" in config
+    json.dumps(config)
+    assert told["logged"] == log
 
 
 def test_quieten_and_shorten_that_would_do_nothing_are_refused(run):

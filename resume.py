@@ -1,0 +1,88 @@
+"""From what a phase of train.py begins: its own last checkpoint, the phase before, another run (--init), or new weights; and when it
+cannot. A run's folder holds phase{1,2,3}.pt of what is finished and last.pt of what is not.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from checkpoint import PHASES, find_checkpoint, load_checkpoint, load_model
+from curves import trim_log
+from device import Device
+from scripts import InputError
+
+
+def previous(out: Path, phase: int) -> tuple[Path | None, bool]:
+    """(the checkpoint that a phase goes on from or None, whether it is one of the same phase): last.pt, or the phase before's.
+
+    Raises InputError when last.pt is an unfinished other phase: this one would overwrite it.
+    """
+    last, before = out / "last.pt", out / f"phase{phase - 1}.pt"
+    if last.exists():
+        begun = load_checkpoint(last)["phase"]
+        if begun == phase:
+            return last, True
+        if begun not in PHASES:
+            raise InputError(f"{last} is a distillation of distill.py: name another --out")
+        if not (out / f"phase{begun}.pt").exists():
+            raise InputError(f"{last} is an unfinished phase {begun}: finish it with --phase={begun}, or name another --out")
+    return (before, False) if before.exists() else (None, False)
+
+
+def check_same(path: Path, theirs: dict, ours: dict):
+    """Raise InputError naming every setting in which a checkpoint and this command differ."""
+    differ = [f"{name} is {theirs.get(name)} there, {ours[name]} here" for name in ours if theirs.get(name) != ours[name]]
+    if differ:
+        remedy = "give the same settings, another --out, or --fresh to start over"
+        raise InputError(f"{path} was trained with other settings ({'; '.join(differ)}): {remedy}")
+
+
+def beginning(args, phase: int) -> Path | None:
+    """What this command's first phase starts from: --init, the phase before in --out, or None for new weights. InputError if it cannot."""
+    before, init = args.out / f"phase{phase - 1}.pt", args.init and find_checkpoint(args.init)
+    if init and init.resolve().parent == args.out.resolve():
+        raise InputError(f"--init={args.init} lies in --out={args.out}, which a run of its own needs: name another --out")
+    if args.init and before.exists():
+        raise InputError(f"--init={args.init} is for a run's first weights, and {before} is there: name another --out or leave it out")
+    if phase == 3 and args.quieten and not args.init and not before.exists():
+        raise InputError(f"--quieten={args.quieten} is for a trained Pulse, and {args.out} holds no phase2.pt: train --phase=2 first")
+    return init or (before if before.exists() else None)
+
+
+def read_start(path: Path) -> dict:
+    """The checkpoint that a phase begins from; of a Hugging Face folder what there is: weights, sizes, tokenizer."""
+    if not path.is_dir():
+        return load_checkpoint(path)
+    model, _, checkpoint = load_model(path)
+    return checkpoint | {"weights": model.state_dict()}
+
+
+def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str, weights_only: bool):
+    """Raise InputError when a phase cannot go on from a checkpoint with this network and these data."""
+    if checkpoint["tokenizer"] != tokenizer_json:
+        raise InputError(f"{path} was trained with another tokenizer than that of {args.data}: use its data or another --out")
+    check_same(path, {"model": checkpoint["model"], **checkpoint["config"]}, {"model": args.model, **dataclasses.asdict(config)})
+    if "optimizer" not in checkpoint and not weights_only:
+        raise InputError(f"{path} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
+
+
+def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
+    """--fresh: removes the checkpoints of this phase and later ones, and their lines of the log. Raises InputError, and removes nothing,
+    when the phase could not begin again."""
+    last = args.out / "last.pt"
+    if start := beginning(args, phase):
+        check_start(start, read_start(start), args, config, tokenizer_json, bool(args.init))
+    if device.rank != 0:
+        return
+    try:
+        begun = load_checkpoint(last)["phase"]
+    except InputError:  # none, or none that could go on
+        begun = math.inf
+    if begun < phase:
+        previous(args.out, phase)  # refuses to lose an earlier phase
+    else:
+        last.unlink(missing_ok=True)
+    for n in range(phase, len(PHASES) + 1):
+        for name in (f"phase{n}.pt", f"phase{n}_best.pt"):
+            (args.out / name).unlink(missing_ok=True)
+    trim_log(args.out / "log.jsonl", phase - 1, 10**9)
