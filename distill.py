@@ -38,7 +38,7 @@ from exact_match import Problem, final_number, majority, problem_files, read_pro
 from loss import distillation_loss
 from muon import build_optimizers, decay_groups, update
 from resume import check_same
-from scripts import ArgumentParser, InputError, run, whole_file
+from scripts import ArgumentParser, InputError, json_object, run, whole_file
 from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, question_ids
 from train import RATE_PENALTY, lr_at
 
@@ -342,6 +342,8 @@ def parse_args(argv=None):
     parser.add_argument("--gen_batch_size", type=int, default=64, help="answers made at a time (default: 64)")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to a server at a time (default: 16)")
     parser.add_argument("--teacher_model", help="the model of a server that has several")
+    parser.add_argument("--teacher_body", type=json_object, metavar="JSON", help="fields to add to what a server is asked, or with null "
+                        'to take out: {"max_tokens": null, "max_completion_tokens": 512}')  # fmt: skip
     parser.add_argument("--num_problems", type=int, help="use the first so many training problems only")
     parser.add_argument("--num_eval", type=int, help="use the first so many problems of each evaluation file only")
     parser.add_argument("--skip_bad", action="store_true", help="leave out malformed lines of problem files")
@@ -440,7 +442,7 @@ def distill(args, device: Device, say):
         source = load_model(student)[2] if student.is_dir() else load_checkpoint(student)
         if args.rate_penalty and source["model"] != "pulse":
             raise InputError(f"--rate_penalty={args.rate_penalty} is for a Pulse, and {student} is none: leave it out")
-    options = (device.torch, args.gen_batch_size, args.teacher_model, args.concurrency)
+    options = (device.torch, args.gen_batch_size, args.teacher_model, args.concurrency, args.teacher_body)
     teacher = teachers.open_teacher(args.teacher, *options) if args.teacher else None
     compared = logit_teacher(args, teacher, student, source) if student else None  # refuses before an answer is paid for
 

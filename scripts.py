@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,16 @@ def run(main: Callable):
         code, line = 2, f"error: {where}{error.strerror}" + ": free some space or write elsewhere" * full
     print(line, file=sys.stderr)
     sys.exit(code)
+
+
+def json_object(text: str) -> dict:
+    """An option's value that is a JSON object."""
+    try:
+        if isinstance(value := json.loads(text), dict):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is no JSON object: expected one such as {{\"top_p\": 0.9}}")
 
 
 @contextlib.contextmanager

@@ -160,10 +160,10 @@ def hub_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
 
 
-def open_teacher(teacher: str, device, batch_size: int, server_model: str | None, concurrency: int):
+def open_teacher(teacher: str, device, batch_size: int, server_model: str | None, concurrency: int, more: dict | None):
     """What --teacher means, ready to answer: http(s)://.../v1, a Hugging Face folder, a checkpoint or run folder, or a hub id."""
     if teacher.lower().startswith(("http://", "https://")):
-        return ServerTeacher(teacher, server_model, concurrency)
+        return ServerTeacher(teacher, server_model, concurrency, more)
     path = Path(teacher)
     if (path / "config.json").exists():
         return pretrained_teacher(path, str(path), device, batch_size)
@@ -215,9 +215,9 @@ def quoted(text: str, key: str) -> str:
 
 
 class ServerTeacher:
-    """An OpenAI-compatible server, asked `concurrency` questions at a time."""
+    """An OpenAI-compatible server, asked `concurrency` questions at a time. `more` joins what is asked for; None takes a field out."""
 
-    def __init__(self, url: str, model: str | None, concurrency: int):
+    def __init__(self, url: str, model: str | None, concurrency: int, more: dict | None = None):
         try:
             parts = urllib.parse.urlsplit(url)
             host, _ = parts.hostname, parts.port  # a port is first looked at when it is asked for
@@ -238,7 +238,8 @@ class ServerTeacher:
         if model is None and len(names) != 1:
             raise InputError(f"{self.url} has {len(names)} models ({', '.join(names[:8])}): choose one with --teacher_model")
         self.model = model or names[0]
-        self.name = f"{self.model} at {self.url}"
+        self.more = more or {}
+        self.name = f"{self.model} at {self.url}" + (f" with {json.dumps(self.more, sort_keys=True)}" if self.more else "")
 
     def request(self, path: str, body: dict | None = None):
         """The JSON that the server answers. Raises Retry for what may pass, Refused for this body, InputError for what will not."""
@@ -267,6 +268,7 @@ class ServerTeacher:
         content = f"{job.question}\n\n{INSTRUCTION}"
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": temperature,
                 "max_tokens": max_new_tokens, "seed": zlib.crc32(f"{seed} {job.key} {job.sample}".encode()) >> 1}  # fmt: skip
+        body = {name: value for name, value in (body | self.more).items() if value is not None}
         for attempt in range(1, ATTEMPTS + 1):
             last, wait = attempt == ATTEMPTS or self.failed.is_set(), 0.0
             try:

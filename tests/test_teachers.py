@@ -74,7 +74,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, trouble=None, together=1, patience=10**9):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.trouble, self.asked, self.keys, self.seeds = trouble or {}, [], set(), []
+        self.trouble, self.asked, self.keys, self.seeds, self.bodies = trouble or {}, [], set(), [], []
         self.patience, self.go_on = patience, threading.Event()  # after so many questions it waits to be told to go on
         self.models = 200, {"data": [{"id": "parrot"}]}  # or a function of the key that was sent
         self.meet, self.lock = threading.Barrier(together), threading.Lock()
@@ -115,6 +115,7 @@ class Handler(BaseHTTPRequestHandler):
             server.asked.append(question)
             server.keys.add(self.headers.get("Authorization"))
             server.seeds.append((question, body["seed"]))
+            server.bodies.append(body)
             times, waits = server.asked.count(question), len(server.asked) > server.patience
         if not server.gathered:
             server.meet.wait(30)  # a client that asks one by one never gets an answer
@@ -222,13 +223,25 @@ def test_a_question_that_a_server_refuses_is_passed_over_and_asked_again(tmp_pat
     (tmp_path / "t.jsonl").unlink()
     for n, asked in ((3, 3), (12, 8)):  # a server that refuses everything is asked for no more, and nothing is written
         server = Server({q: [400] * 99 for q in questions})
-        with pytest.raises(InputError, match=r"HTTP 400 .*check --teacher and --teacher_model"):
+        with pytest.raises(InputError, match=r"HTTP 400 .*check --teacher, which ends in /v1, and --teacher_model"):
             asks(server, questions[:n])
         assert asked <= len(server.asked) <= asked + 1 and lines_of(tmp_path / "t.jsonl") == []
     server.trouble = {"2?": [404] * 9}
     with pytest.raises(InputError, match="HTTP 404"):
         asks(server, questions)
     assert len(lines_of(tmp_path / "t.jsonl")) == 2
+
+
+def test_what_a_server_is_asked_for_can_be_added_to(tmp_path, asks):
+    server = Server()
+    (line,) = asks(server, ["1?"], '--teacher_body={"max_tokens": null, "max_completion_tokens": 9, "top_p": 0.5}')
+    (body,) = server.bodies
+    assert "max_tokens" not in body and body["max_completion_tokens"] == 9 and body["top_p"] == 0.5 and body["model"] == "parrot"
+    assert line["teacher"] == f'parrot at {server.url} with {{"max_completion_tokens": 9, "max_tokens": null, "top_p": 0.5}}'
+    with pytest.raises(InputError, match="t.jsonl holds answers of parrot at .* with .*, not of parrot at"):
+        asks(server, ["1?"])  # other answers
+    with pytest.raises(SystemExit):
+        asks(server, ["1?"], "--teacher_body=[1]")
 
 
 def test_a_reply_without_choices_is_asked_for_again(asks):
