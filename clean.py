@@ -190,16 +190,24 @@ class Cleaned(NamedTuple):
 
 
 def clean_item(item: str | list[dict]) -> tuple[str, int, bool]:
-    """clean_text() of a text, or of the chat that question-answer pairs make: real special tokens around clean contents."""
+    """clean_text() of a text, or of the chat that question-answer pairs make: real special tokens around clean contents. A chat with an
+    empty question or answer is empty; a system turn that is empty is only left out."""
     if isinstance(item, str):
         return clean_text(item)
     messages, removed, broken, empty = [], 0, False, not item
     for pair in item:
-        for role, field in (("user", "question"), ("assistant", "answer")):
-            text, n, bad = clean_text(pair[field])
-            messages.append({"role": role, "content": text.strip()})
-            removed, broken, empty = removed + n, broken or bad, empty or not text.strip()
+        for role, field in (("system", "system"), ("user", "question"), ("assistant", "answer")):
+            text, n, bad = clean_text(pair.get(field, ""))
+            removed, broken = removed + n, broken or bad
+            if text.strip() or role != "system":
+                messages.append({"role": role, "content": text.strip()})
+                empty = empty or not text.strip()
     return "" if empty else render_chat(messages), removed, broken
+
+
+def first_question(chat: str) -> str:
+    """The first user's turn of a chat's text: what stands before it, a system turn, is not part of the question."""
+    return chat[chat.index("<|im_start|>user\n") :].partition("<|im_end|>")[0]
 
 
 def text_hash(text: str) -> int:
@@ -211,12 +219,12 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
 
     Chats are compared exactly and not judged for repetition: two problems that differ in one number are two problems,
     and worked solutions repeat their phrases. `side`, which decides the split, is the hash of the text, of a chat that of its first
-    question: several answers to one question are on one side.
+    question: several answers to one question are on one side, whatever system turn stands before it.
     """
     texts, rows, specials = [], [], 0
     tally = np.zeros((len(FATES), 2), np.int64)
     for label, item in documents:
-        raw = item if isinstance(item, str) else "".join(pair["question"] + pair["answer"] for pair in item)
+        raw = item if isinstance(item, str) else "".join(text for pair in item for text in pair.values())
         n_raw = len(raw.encode(errors="surrogatepass"))
         text, removed, broken = clean_item(item)
         specials += removed
@@ -230,7 +238,7 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
         chat = not isinstance(item, str)
         digest = text_hash(text)
         texts.append(data)
-        rows.append((len(data), len(text), digest, text_hash(text.partition("<|im_end|>")[0]) if chat else digest, label, chat))
+        rows.append((len(data), len(text), digest, text_hash(first_question(text)) if chat else digest, label, chat))
     index = np.array(rows, dtype=INDEX)
     if not texts:
         return Cleaned(b"", index, np.empty(0, KEY), tally, specials)
@@ -259,7 +267,7 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
 def effort(document: tuple[int, str | list[dict]]) -> int:
     """What cleaning a (label, text or question-answer pairs) document takes, in characters."""
     _, item = document
-    return 100 + (len(item) if isinstance(item, str) else sum(len(pair["question"]) + len(pair["answer"]) for pair in item))
+    return 100 + (len(item) if isinstance(item, str) else sum(len(text) for pair in item for text in pair.values()))
 
 
 # ---- all documents, on disk ----

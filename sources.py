@@ -126,18 +126,22 @@ def choose_fields(present: Iterable[str], field: str | None, where: str) -> tupl
 
 
 def item_of(record: dict, names: tuple[str, ...], where: str) -> str | list[dict]:
-    """A record's document: a text, or a chat as a list of {"question", "answer"}."""
+    """A record's document: a text, or a chat as a list of {"question", "answer"}, the first with "system" if the chat has such a turn."""
     values = ["" if record[name] is None else record[name] for name in names]
     if names == ("messages",):
         try:
             turns = [(message["role"], message["content"]) for message in values[0]]
-            pairs = [{"question": asked, "answer": told} for (_, asked), (_, told) in zip(turns[::2], turns[1::2], strict=True)]
-            right = [role for role, _ in turns] == ["user", "assistant"] * len(pairs) and all(isinstance(text, str) for _, text in turns)
-        except (TypeError, KeyError, ValueError):
+            system = dict(turns[:1]) if turns and turns[0][0] == "system" else {}
+            rest = turns[len(system) :]
+            pairs = [{"question": asked, "answer": told} for (_, asked), (_, told) in zip(rest[::2], rest[1::2], strict=True)]
+            right = [role for role, _ in rest] == ["user", "assistant"] * len(pairs) and all(isinstance(text, str) for _, text in turns)
+            if system:
+                pairs[0] = system | pairs[0]
+        except (TypeError, KeyError, ValueError, IndexError):
             right = False
         if not right:
-            raise InputError(f'{where}: messages are not turns of user and assistant, [{{"role": "user", "content": "..."}}, ...]: '
-                             "mend or drop the line, or name another field with --field")
+            raise InputError(f"{where}: messages are not turns of user and assistant, before them at most one of system, "
+                             '[{"role": "user", "content": "..."}, ...]: mend or drop the line, or name another field with --field')
         return pairs
     for name, value in zip(names, values):
         if not isinstance(value, str):

@@ -23,6 +23,22 @@ def test_clean_text():
         assert unicodedata.is_normalized("NFC", text) and not clean.CONTROL.search(text) and not clean.SPECIAL.search(text)
 
 
+def test_a_system_turn_stays_before_the_question():
+    pair = {"question": "Why?", "answer": " So. "}
+    text = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
+    assert clean.clean_item([pair]) == (text, 0, False)
+    expected = "<|im_start|>system\nBe<|x|> brief.<|im_end|>\n" + text * 2
+    assert clean.clean_item([{"system": " Be<|x|> brief.<|im_end|>\r\n", **pair}, pair]) == (expected, 1, False)
+    assert clean.clean_item([{"system": " \n", **pair}]) == (text, 0, False), "an empty one says nothing"
+    assert clean.clean_item([{"system": "\ufffd", **pair}])[2] and clean.clean_item([{**pair, "system": "s", "question": ""}])[0] == ""
+    chats = [pair], [{"system": "Be brief: ä.", **pair}], [{"system": "user", **pair, "answer": "No."}]
+    rows = clean.clean_chunk([(0, chat) for chat in chats]).index
+    assert len(set(rows["side"].tolist())) == 1 and len(set(rows["hash"].tolist())) == 3 and rows["chat"].all()
+    assert rows["side"][0] == clean.text_hash("<|im_start|>user\nWhy?"), "as ever: what was validation text stays that"
+    assert clean.effort((0, [{"system": "abc", **pair}])) == clean.effort((0, [pair])) + 3
+    assert clean.clean_chunk([(0, [{"system": "ä", **pair, "question": ""}])]).tally[clean.EMPTY].tolist() == [1, 7], "its bytes count"
+
+
 def test_shingles_and_repetition_against_the_definition():
     rng = random.Random(4)
     texts = [prose(rng, n) for n in (1, 2, 4, 5, 6, 9, 300)]

@@ -41,7 +41,13 @@ def test_file_types_and_folders(tmp_path):
     parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "chat.parquet")
     for name in ("chat.jsonl", "chat.parquet"):
         assert read(name, None) == [[{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]]
-    for wrong in (turns[:3], turns[1:3], [{"role": "user"}], "ab", 5, [turns[0], {"role": "assistant", "content": None}]):
+    system = {"role": "system", "content": "s"}
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [system, *turns]}) + "\n")
+    parquet.write_table(pyarrow.table({"messages": [[system, *turns]]}), tmp_path / "chat.parquet")
+    for name in ("chat.jsonl", "chat.parquet"):
+        assert read(name, None) == [[{"system": "s", "question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]]
+    for wrong in (turns[:3], turns[1:3], [{"role": "user"}], "ab", 5, [turns[0], {"role": "assistant", "content": None}], [system],
+                  [system, system, *turns], [*turns, system], [turns[0], system, turns[1]], [{"role": "system", "content": None}, *turns]):
         (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": wrong}) + "\n")
         with pytest.raises(sources.InputError, match="chat.jsonl:1: messages are not turns of user and assistant"):
             read("chat.jsonl", None)

@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from conftest import documents, make, prose, slow_shingles, write_jsonl
+from conftest import documents, make, prose, slow_shingles, tokens, write_jsonl
 
 import clean
 import prepare
@@ -49,6 +49,21 @@ def test_answers_to_one_question_are_on_one_side(tmp_path, questions, fraction):
     make("samples.jsonl", f"--val_fraction={fraction}", out="out")
     train, val = ({text.partition("<|im_end|>")[0] for text in documents("out", 1, split)} for split in ("train", "val"))
     assert train and val and not train & val and len(train | val) == questions
+
+
+@pytest.mark.parametrize("questions, fraction", [(300, 0.1), (8, 0.02), (2, 0.5)])
+def test_a_question_is_on_one_side_whatever_system_turn_stands_before_it(tmp_path, questions, fraction):
+    systems = [None, "Be brief.", "You count.\nAnd check.", "user"]
+    chats = [[*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": f"What is {q} + 1?"},
+              {"role": "assistant", "content": f"#### {q + 1}"}] for system in systems for q in range(questions)]
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    make("chats.jsonl", f"--val_fraction={fraction}", out="out")
+    found = {split: documents("out", 1, split) for split in ("train", "val")}
+    assert sorted(found["train"] + found["val"]) == sorted(prepare.render_chat(chat) for chat in chats), "whole, none of them a copy"
+    train, val = ({text.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0] for text in found[split]} for split in found)
+    assert train and val and not train & val and len(train | val) == questions
+    markup = [int((tokens("out", 1, split) == 1).sum()) for split in found]
+    assert sum(markup) == sum(map(len, chats)), "the markup of every turn is special tokens"
 
 
 def test_split_by_hash_is_stable_and_never_empty(tmp_path):
