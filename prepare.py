@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import time
 from array import array
 from collections.abc import Iterable, Iterator
@@ -412,9 +413,14 @@ def main(argv: list[str] | None = None):
     val = [(Source(name), VAL) for name in dict.fromkeys(args.val or [])]
     wanted = {phase: val + [(Source(name, phase if name == "builtin" else 0), label) for name in dict.fromkeys(names[phase])]
               for phase in names}
-    files = {source: source_files(source.name) for source, _ in itertools.chain(*wanted.values()) if source.name != "builtin"}
+    notes, files = [], {}
+    for source, _ in dict.fromkeys(itertools.chain(*wanted.values())):
+        if source.name != "builtin" and source not in files:
+            files[source] = source_files(source.name, notes.append)
     out = args.out or data_folder([*args.source, *itertools.chain(*names.values())])
     with replacing(out) as folder:
+        for note in notes:  # not before it is clear that there is no error to say
+            print(note, file=sys.stderr)
         build(args, folder, wanted, files)
     if args.push:
         import publish  # here, because it needs torch, which takes seconds to import

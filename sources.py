@@ -4,6 +4,7 @@ read_source() yields the documents of any of them one by one; a file is never he
 """
 
 import codecs
+import collections
 import contextlib
 import functools
 import gzip
@@ -19,6 +20,7 @@ from scripts import InputError
 
 FILE_TYPES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 TEXT_FIELDS = (("text",), ("content",), ("question", "answer"), ("messages",))
+ENDING = re.compile(r"(?:\.[a-z]\w*)?\.(?:gz|zst|xz|bz2|zip)$|\.[^.\s]+$")  # of what is packed, that of the content too
 END_LINE = re.compile(r"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
 PIECE = 1 << 21  # characters; a longer text counts as several documents, cut at paragraph ends
 UNLABELLED, TRAIN, VAL = range(3)  # what a source says about the split of its documents
@@ -46,8 +48,9 @@ def hub_errors(name: str, *more: type[Exception]):
         raise InputError(f"{name}: {' '.join(str(error).split())}: check the address, the network and hf auth login") from None
 
 
-def source_files(name: str) -> list[tuple[str, Callable[[], BinaryIO]]]:
-    """(name, opener) of the files of a source, sorted; InputError if there is nothing that prepare.py can read."""
+def source_files(name: str, say: Callable[[str], None] = lambda line: None) -> list[tuple[str, Callable[[], BinaryIO]]]:
+    """(name, opener) of the files of a source, sorted; InputError if there is nothing that prepare.py can read. What a folder holds
+    besides is said in one line; hidden files, those of Git for example, are not worth it."""
     supported = f"expected {' '.join(FILE_TYPES)}, a folder of them, an hf:// address, or builtin"
     if name.startswith("hf://"):
         hub = hub_filesystem()
@@ -67,6 +70,13 @@ def source_files(name: str) -> list[tuple[str, Callable[[], BinaryIO]]]:
         raise InputError(f"{name} {'is' if name in openers else 'holds'} no file that can be read: {supported}")
     if not any(sizes[n] for n in usable):
         raise InputError(f"{name} is empty: expected text in it")
+    inside = [Path(n).parts[len(Path(name).parts) :] for n in sorted(openers.keys() - set(usable))]  # the folder itself may be hidden
+    others = [parts[-1].lower() for parts in inside if not any(part.startswith(".") for part in parts)]
+    if others:
+        endings = collections.Counter(match[0] if (match := ENDING.search(other)) else "without ending" for other in others)
+        kinds = [f"{count:,} {ending}" for ending, count in endings.most_common(8)] + ["..."] * (len(endings) > 8)
+        say(f"{name}: left out {len(others):,} of {len(usable) + len(others):,} files ({', '.join(kinds)}): "
+            f"only {' '.join(FILE_TYPES)} are read, convert the others first")
     return [(n, openers[n]) for n in usable]
 
 

@@ -239,7 +239,11 @@ def test_hub_addresses(monkeypatch, tmp_path):
     (data / "a.txt").write_text(text)
     write_jsonl(data / "b.jsonl", [{"text": text[::-1]}])
     monkeypatch.setattr(sources, "hub_filesystem", lambda: Hub(str(tmp_path / "hub")))
-    assert [name for name, _ in sources.source_files("hf://datasets/me/set")] == ["hf://datasets/me/set/a.txt", "hf://datasets/me/set/b.jsonl"]
+    (data / ".gitattributes").write_text("")
+    (data / "c.json.gz").write_bytes(b"")
+    said, files = [], ["hf://datasets/me/set/a.txt", "hf://datasets/me/set/b.jsonl"]
+    assert [name for name, _ in sources.source_files("hf://datasets/me/set", said.append)] == files
+    assert len(said) == 1 and said[0].startswith("hf://datasets/me/set: left out 1 of 3 files (1 .json.gz): only .txt")
     make("hf://datasets/me/set", out="all")
     assert "".join(documents("all", 1, "train") + documents("all", 1, "val")) == text + text[::-1]
     prepare.main(["hf://datasets/me/set/a.txt", "--vocab_size=300"])

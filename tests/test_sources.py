@@ -3,10 +3,11 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
-from conftest import prose, random_text
+from conftest import call, prose, random_text
 
 import sources
 
@@ -53,6 +54,33 @@ def test_file_types_and_folders(tmp_path):
             read("chat.jsonl", None)
 
 
+def test_what_a_folder_holds_besides_is_said_in_one_line(tmp_path):
+    names = ["a.txt", "deep/B.MD", "c.json", "d.json", "deep/e.JSON.gz", "f.jsonl.zst", "v1.0.csv", "g.tar.gz", "h.2.gz", "LICENSE"]
+    hidden = [".gitattributes", ".git/config", "deep/.cache/x.json", ".DS_Store"]
+    for name in [*names, "of.two\nlines", *hidden]:
+        path = tmp_path / ".mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("some text")
+    said = []
+    for name in (".mine", ".mine/"):
+        assert len(sources.source_files(name, said.append)) == 2
+    kinds = "2 .json, 2 without ending, 1 .csv, 1 .jsonl.zst, 1 .tar.gz, 1 .gz, 1 .json.gz"
+    assert len(said) == 2 and set(re.search(r"\((.*)\)", said[0])[1].split(", ")) == set(kinds.split(", "))
+    assert said[0].startswith(".mine: left out 9 of 11 files (2 ") and said[0].endswith(
+        "): only .txt .md .jsonl .jsonl.gz .parquet are read, convert the others first") and "\n" not in said[0]
+    for i in range(20):
+        (tmp_path / f".mine/file.x{i}").write_text("")
+    sources.source_files(".mine", said.append)
+    assert ", ...): only" in said.pop() and len(said) == 2
+    for name in (".mine/deep/B.MD", ".mine/a.txt"):
+        sources.source_files(name, said.append)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/a.txt").write_text("some text")
+    (tmp_path / "plain/.DS_Store").write_text("")
+    sources.source_files("plain", said.append)
+    assert len(said) == 2
+
+
 def test_text_in_pieces(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "PIECE", 1000)
     rng = random.Random(17)
@@ -67,3 +95,14 @@ def test_text_in_pieces(monkeypatch, tmp_path):
     (tmp_path / "latin.txt").write_bytes(data + b"\xe9 " + text.encode())
     with pytest.raises(sources.InputError, match=f"latin.txt is not UTF-8 at byte {len(data)}: .*iconv"):
         list(sources.read_source(sources.Source("latin.txt"), sources.source_files("latin.txt"), 0, None))
+
+
+def test_files_of_other_kinds_are_named_once(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("a.txt", "b.csv", "c.json.gz", ".gitattributes"):
+        (tmp_path / "set" / name).write_text(prose(random.Random(34), 100))
+    done = call("prepare.py", "set", "--out=out", "--vocab_size=300", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == (
+        "set: left out 2 of 3 files (1 .csv, 1 .json.gz): only .txt .md .jsonl .jsonl.gz .parquet are read, convert the others first\n")
+    done = call("prepare.py", "set", "missing.txt", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: missing.txt does not exist") and done.stderr.count("\n") == 1
