@@ -4,6 +4,7 @@
     python prepare.py mybook.txt             # your own text, to data/mybook
     python prepare.py texts/ --phase2 math.jsonl builtin --vocab_size=8192 --out=data/mine
     python prepare.py hf://datasets/roneneldan/TinyStories/TinyStories-train.txt --vocab_size=4096
+    python prepare.py hf://datasets/HuggingFaceFW/fineweb/sample/10BT --max_mb=2000 --vocab_size=8192    # the first 2 GB
 
 Two CPU cores do 5 to 12 MB/s of a large text. Memory stays below 1 GB however large the input, because the cleaned documents wait on
 disk beside --out (their size and 200 bytes each) while clean.py searches them for copies. data/<name>/ then holds tokenizer.json,
@@ -17,6 +18,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -37,7 +39,7 @@ import corpus
 from clean import EXACT_COPY, FATES, KEPT, NEAR_COPY, SPECIAL, SPECIAL_TOKENS, Splits, Spool, assign_splits, clean_chunk, render_chat
 from scripts import ArgumentParser, InputError, run
 from shards import ShardWriter, load_meta, read_shard, shard_paths, token_bytes, tokenizer_fingerprint, write_shard
-from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, Source, data_folder, read_source, source_files
+from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, Reading, Source, data_folder, read_source, source_files
 from workers import WORKERS, chunks, ordered_map
 
 # What other files take from here: prepare.py is the face of text preparation, whichever file a part of it stands in.
@@ -222,6 +224,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val", nargs="+", metavar="SOURCE", help="validation text of all phases (default: split off the sources)")
     parser.add_argument("--field", help="field of .jsonl and .parquet that holds the text "
                         "(default: text, content, question + answer, messages)")
+    parser.add_argument("--max_mb", type=float, help="read only so many MB (a million bytes of text, before cleaning) of each source, from "
+                        "the first file on; the built-in corpus is always whole")
+    parser.add_argument("--skip_bad", action="store_true", help="leave out malformed lines of .jsonl and rows of .parquet: not UTF-8, no "
+                        "JSON, without the text (default: stop at the first)")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument("--vocab_size", type=int, default=1024, help="260 to 65536 (default 1024)")
     vocabulary.add_argument("--tokenizer", type=Path, help="train none, take this tokenizer.json of prepare.py or the one in a folder: "
@@ -235,6 +241,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, low, high in (("vocab_size", 260, 65536), ("val_fraction", 0.0001, 0.5), ("shard_tokens", 1024, 2**31 - 1)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name}={getattr(args, name)} is out of range: expected {low} to {high}")
+    if args.max_mb is not None and not 1e-6 <= args.max_mb < math.inf:
+        raise InputError(f"--max_mb={args.max_mb:g} is out of range: expected a positive number of megabytes")
+    named = itertools.chain(args.source, args.val or [], *(getattr(args, f"phase{phase}") or [] for phase in WINDOWS))
+    if args.max_mb is not None and not set(named) - {"builtin"}:
+        raise InputError(f"--max_mb={args.max_mb:g} would limit nothing, the built-in corpus is always whole: leave it out or name sources")
     if args.source and all(getattr(args, f"phase{phase}") for phase in WINDOWS):
         raise InputError(f"{args.source[0]} would not be read, every phase has sources of its own: give it to --phase1, 2 or 3")
     if "builtin" in (args.val or []):
@@ -248,26 +259,36 @@ def speed(n_bytes: int, start: float) -> str:
     return f"{n_bytes / 1e6:.2f} MB in {seconds:.1f} s ({n_bytes / 1e6 / seconds:.1f} MB/s)"
 
 
-def clean_sources(spool: Spool, sources: list, files: dict, field: str | None) -> dict:
-    """Read and clean sources [(source, label)] into spool: (source, label) -> ((first, end) of its documents, tally, specials)."""
+def clean_sources(spool: Spool, sources: list, files: dict, args: argparse.Namespace) -> dict:
+    """Read and clean sources [(source, label)] into spool: (source, label) -> ((first, end) of its documents, tally, specials, Reading)."""
     start, result = time.perf_counter(), {}
+    max_bytes = math.inf if args.max_mb is None else round(args.max_mb * 1e6)
     with tqdm(desc="cleaning", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for source, label in sources:
             first, tally, specials = spool.n, np.zeros((len(FATES), 2), np.int64), 0
-            documents = read_source(source, files.get(source), label, field)
+            reading = Reading(max_bytes, args.skip_bad)
+            documents = read_source(source, files.get(source), label, args.field, reading)
             for cleaned in ordered_map(clean_chunk, chunks(documents, clean.CHUNK, clean.effort), WORKERS):
                 spool.add(cleaned)
                 tally, specials = tally + cleaned.tally, specials + cleaned.specials
                 bar.update(int(cleaned.tally[:, 1].sum()))
-            result[source, label] = ((first, spool.n), tally, specials)
-    print(f"read and cleaned {speed(sum(tally[:, 1].sum() for _, tally, _ in result.values()), start)}")
+            result[source, label] = ((first, spool.n), tally, specials, reading)
+            if reading.n_bad and not tally.any():
+                raise InputError(f"{source.name}: all {reading.n_bad:,} lines are bad, the first: {reading.first_bad}")
+    print(f"read and cleaned {speed(sum(tally[:, 1].sum() for _, tally, _, _ in result.values()), start)}")
+    for (source, _), (*_, reading) in result.items():
+        if args.max_mb is not None and source.name != "builtin":
+            print(f"{source.name}: {reading.n_bytes / 1e6:.2f} MB of text, from {reading.n_files:,} of {len(files[source]):,} files "
+                  f"(--max_mb={args.max_mb:g})")
+        if reading.n_bad:
+            print(f"{source.name}: {reading.n_bad:,} bad lines left out, the first: {reading.first_bad}")
     return result
 
 
 def cleaning_table(spool: Spool, splits: Splits, result: dict) -> list[dict]:
     """Print what became of the documents of each source; a row per source, as meta.json keeps it."""
     used, table = np.logical_or.reduce([parts > 0 for parts in splits.parts.values()]), []
-    for (source, label), ((start, stop), tally, specials) in result.items():
+    for (source, label), ((start, stop), tally, specials, reading) in result.items():
         for first, rows in spool.rows(start, stop):
             block = slice(first, first + len(rows))
             for fate, dropped in ((EXACT_COPY, splits.exact[block]), (NEAR_COPY, ~splits.exact[block])):
@@ -277,7 +298,8 @@ def cleaning_table(spool: Spool, splits: Splits, result: dict) -> list[dict]:
                 tally[KEPT] -= moved
         name = source.name + (f" (phase {source.phase})" if source.phase else "") + (" (validation)" if label == VAL else "")
         counts = {"documents": tally[:, 0].sum(), "bytes": tally[:, 1].sum(), **dict(zip(FATES, tally[:, 0])), "kept bytes": tally[KEPT, 1]}
-        table.append({"source": name, **{key: int(n) for key, n in counts.items()}, "special tokens removed": specials})
+        table.append({"source": name, **{key: int(n) for key, n in counts.items()}, "special tokens removed": specials,
+                      "bad lines": reading.n_bad})
     headings = ("documents", "MB", *FATES, "kept MB")
     print(f"\n{'source':32}" + "".join(f"{heading:>11}" for heading in headings))
     for row in table:
@@ -384,7 +406,7 @@ def build(args: argparse.Namespace, folder: Path, wanted: dict[int, list], files
     """All stages, from the sources each phase wants to a complete data folder."""
     spool = Spool(folder / "spool")
     sources = sorted(dict.fromkeys(itertools.chain(*wanted.values())), key=lambda s: s[1] != VAL)  # first comes what is never dropped
-    result = clean_sources(spool, sources, files, args.field)
+    result = clean_sources(spool, sources, files, args)
     ranges = {phase: [result[source][0] for source in wanted[phase]] for phase in wanted}
     splits = assign_splits(spool, ranges, args.val_fraction)
     table = cleaning_table(spool, splits, result)
@@ -399,7 +421,7 @@ def build(args: argparse.Namespace, folder: Path, wanted: dict[int, list], files
     if any(source.name == "builtin" for source, _ in sources):
         write_problems(folder)
     contents = [tokenizer_json] + [f"{phase} {split} {total['sha256']}" for phase in phases for split, total in phases[phase].items()]
-    meta = {"vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS, "phases": phases, "cleaning": table,
+    meta = {"vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS, "phases": phases, "cleaning": table, "max_mb": args.max_mb,
             "sources": {phase: [source.name for source, _ in wanted[phase]] for phase in wanted},
             "fingerprint": hashlib.sha256("\n".join(contents).encode()).hexdigest()}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

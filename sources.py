@@ -1,6 +1,7 @@
 """Where documents come from: the built-in corpus, text, JSONL and parquet files, folders of them, and the Hugging Face hub.
 
-read_source() yields the documents of any of them one by one; a file is never held in memory whole.
+read_source() yields the documents of any of them one by one; a file is never held in memory whole. Reading is how much of a source
+to read, what to do about bad lines, and what came of it.
 """
 
 import codecs
@@ -9,9 +10,11 @@ import contextlib
 import functools
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -29,6 +32,23 @@ UNLABELLED, TRAIN, VAL = range(3)  # what a source says about the split of its d
 class Source(NamedTuple):
     name: str  # a path, an hf:// address, or "builtin"
     phase: int = 0  # of the built-in corpus, which has other documents for each phase
+
+
+@dataclass
+class Reading:
+    """How a source is to be read, and what has been read of it."""
+
+    max_bytes: int | float = math.inf  # of UTF-8 text; then no further file is opened
+    skip_bad: bool = False  # leave out records that hold no document instead of raising InputError
+    n_bytes: int = 0  # counted only if there is a limit
+    n_files: int = 0
+    n_bad: int = 0
+    first_bad: str = ""  # what is wrong with the first of them
+
+    def bad(self, error: InputError):
+        if not self.skip_bad:
+            raise InputError(f"{error}, or pass --skip_bad to leave such lines out") from None
+        self.n_bad, self.first_bad = self.n_bad + 1, self.first_bad or str(error)
 
 
 def hub_filesystem():
@@ -91,11 +111,12 @@ def data_folder(names: list[str]) -> Path:
     return Path("data") / name
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Text in parts of at most PIECE characters that end at a paragraph, line or word; joined they are the text."""
-    while len(text) > PIECE:
-        ends = (text.rfind(mark, PIECE // 2, PIECE) + len(mark) for mark in ("\n\n", "\n", " "))
-        cut = next((end for end in ends if end > PIECE // 2), PIECE)
+def pieces(text: str, most: int | None = None) -> Iterator[str]:
+    """Text in parts of at most `most` (PIECE) characters that end at a paragraph, line or word; joined they are the text."""
+    most = most or PIECE
+    while len(text) > most:
+        ends = (text.rfind(mark, most // 2, most) + len(mark) for mark in ("\n\n", "\n", " "))
+        cut = next((end for end in ends if end > most // 2), most)
         yield text[:cut]
         text = text[cut:]
     yield text
@@ -135,8 +156,14 @@ def choose_fields(present: Iterable[str], field: str | None, where: str) -> tupl
                      f"name the field that holds the text with --field")
 
 
-def item_of(record: dict, names: tuple[str, ...], where: str) -> str | list[dict]:
-    """A record's document: a text, or a chat as a list of {"question", "answer"}, the first with "system" if the chat has such a turn."""
+def item_of(record, field: str | None, where: str) -> str | list[dict]:
+    """A record's document: a text, or a chat as a list of {"question", "answer"}, the first with "system" if the chat has such a turn.
+    InputError if it has none; a record that is an InputError could not be read."""
+    if isinstance(record, InputError):
+        raise record
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: holds {type(record).__name__}, expected one JSON object per line: mend or drop the line")
+    names = choose_fields(record, field, where)
     values = ["" if record[name] is None else record[name] for name in names]
     if names == ("messages",):
         try:
@@ -159,45 +186,114 @@ def item_of(record: dict, names: tuple[str, ...], where: str) -> str | list[dict
     return values[0] if len(names) == 1 else [dict(zip(names, values))]
 
 
-def read_jsonl(name: str, file: BinaryIO, field: str | None) -> Iterator[str | list[dict]]:
+def jsonl_records(name: str, file: BinaryIO) -> Iterator[tuple[str, object]]:
+    """(where, record) of the lines of a file that are not empty; the record is an InputError where a line is no JSON."""
     for number, line in enumerate(file, 1):
-        where = f"{name}:{number}"
-        if not line.strip():
-            continue
+        if line.strip():
+            where = f"{name}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                record = InputError(f"{where}: not UTF-8 at byte {error.start} of the line: convert the file first")
+            except (ValueError, RecursionError) as error:
+                record = InputError(f"{where}: malformed JSON ({error}): expected one object per line: mend or drop the line")
+            yield where, record
+
+
+def text_records(name: str, file: BinaryIO, field: str | None) -> Iterator[tuple[str, object]]:
+    """(where, record) of the rows of a parquet file; in one without the text's column all of them are the InputError that says so."""
+    lacking = None
+
+    def choose(present: list[str]) -> tuple[str, ...]:
+        nonlocal lacking
         try:
-            record = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 at byte {error.start} of the line: convert the file first") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: malformed JSON ({error}): expected one object per line") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: holds {type(record).__name__}, expected one JSON object per line")
-        yield item_of(record, choose_fields(record, field, where), where)
+            return choose_fields(present, field, name)
+        except InputError as error:
+            lacking = error
+            return ()
+
+    for number, record in enumerate(parquet_records(name, file, choose), 1):
+        yield f"{name}:{number}", lacking or record
 
 
-def read_parquet(name: str, file: BinaryIO, field: str | None) -> Iterator[str | list[dict]]:
-    for record in parquet_records(name, file, lambda present: choose_fields(present, field, name)):
-        yield item_of(record, choose_fields(record, field, name), name)
-
-
-def parquet_records(name: str, file: BinaryIO, choose: Callable[[list[str]], Iterable[str]]) -> Iterator[dict]:
-    """The rows of a parquet file, of the columns that `choose` picks of all their names."""
+def parquet_records(name: str, file: BinaryIO, choose: Callable[[list[str]], Iterable[str]]) -> Iterator[dict | InputError]:
+    """The rows of a parquet file, of the columns that `choose` picks of all their names; an InputError where one is not UTF-8."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"{name}: .parquet files need pyarrow: pip install pyarrow") from None
+    number = 0
     try:
         table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # else whole row groups wait in memory
         for batch in table.iter_batches(batch_size=256, columns=list(choose(table.schema_arrow.names))):
-            yield from batch.to_pylist()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: a field is not UTF-8 ({error}): convert the file first") from None
+            try:
+                yield from batch.to_pylist()
+            except UnicodeDecodeError:  # in one of its rows
+                for row in range(batch.num_rows):
+                    try:
+                        yield from batch.slice(row, 1).to_pylist()
+                    except UnicodeDecodeError as error:
+                        yield InputError(f"{name}:{number + row + 1}: a field is not UTF-8 ({error}): convert the file first")
+            number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{name} is not a whole parquet file ({' '.join(str(error).split())[:200]}): download it again") from None
 
 
-def read_source(source: Source, files, label: int, field: str | None) -> Iterator[tuple[int, str | list[dict]]]:
+def read_records(records: Iterable[tuple[str, object]], field: str | None, reading: Reading) -> Iterator[str | list[dict]]:
+    for where, record in records:
+        try:
+            item = item_of(record, field, where)
+        except InputError as error:
+            reading.bad(error)
+        else:
+            yield item
+
+
+def read_files(files, field: str | None, reading: Reading) -> Iterator[str | list[dict]]:
+    """The documents of files [(name, opener)], one after the other."""
+    for name, opener in files:
+        kind = name.lower()
+        try:
+            with hub_errors(name) if name.startswith("hf://") else contextlib.nullcontext(), opener() as file:
+                reading.n_files += 1
+                if kind.endswith((".txt", ".md")):
+                    items = read_text(name, file)
+                elif kind.endswith(".parquet"):
+                    items = read_records(text_records(name, file, field), field, reading)
+                else:
+                    lines = gzip.GzipFile(fileobj=file) if kind.endswith(".gz") else file
+                    items = read_records(jsonl_records(name, lines), field, reading)
+                for item in items:
+                    yield from pieces(item) if isinstance(item, str) else (item,)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{name} is not a whole gzip file ({error}): download it again") from None
+        except OSError as error:
+            error.filename = error.filename or name  # a failed read does not say where
+            raise
+
+
+def first_bytes(items: Iterable[str | list[dict]], reading: Reading) -> Iterator[str | list[dict]]:
+    """The items that make reading.max_bytes of UTF-8 text. A text that is too long for what is left of them is cut, after a paragraph,
+    line or word; a chat is whole and may exceed it."""
+    for item in items:
+        text = item if isinstance(item, str) else "".join(text for pair in item for text in pair.values())
+        left = reading.max_bytes - reading.n_bytes
+        data = text.encode(errors="surrogatepass")
+        end = len(data) >= left
+        if len(data) > left and isinstance(item, str):
+            most = len(data[:left].decode(errors="ignore"))
+            item = next(pieces(item, most)) if most else ""
+            data = item.encode(errors="surrogatepass")
+        reading.n_bytes += len(data)
+        if item:
+            yield item
+        if end:
+            return
+
+
+def read_source(source: Source, files, label: int, field: str | None,
+                reading: Reading | None = None) -> Iterator[tuple[int, str | list[dict]]]:
     """(label, item) of a source's documents: UNLABELLED, or TRAIN or VAL where the split is given. The built-in corpus says
     it itself; its validation part is left out where other text serves for that (label TRAIN)."""
     if source.name == "builtin":
@@ -205,20 +301,8 @@ def read_source(source: Source, files, label: int, field: str | None) -> Iterato
             if split == "train" or label == UNLABELLED:
                 yield TRAIN if split == "train" else VAL, item
         return
-    for name, opener in files:
-        kind = name.lower()
-        try:
-            with hub_errors(name) if name.startswith("hf://") else contextlib.nullcontext(), opener() as file:
-                if kind.endswith((".txt", ".md")):
-                    items = read_text(name, file)
-                elif kind.endswith(".parquet"):
-                    items = read_parquet(name, file, field)
-                else:
-                    items = read_jsonl(name, gzip.GzipFile(fileobj=file) if kind.endswith(".gz") else file, field)
-                for item in items:
-                    yield from ((label, part) for part in (pieces(item) if isinstance(item, str) else (item,)))
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{name} is not a whole gzip file ({error}): download it again") from None
-        except OSError as error:
-            error.filename = error.filename or name  # a failed read does not say where
-            raise
+    reading = reading or Reading()
+    items = read_files(files, field, reading)
+    with contextlib.closing(items):  # the file in which the limit is reached
+        for item in items if reading.max_bytes == math.inf else first_bytes(items, reading):
+            yield label, item

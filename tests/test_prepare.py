@@ -371,6 +371,16 @@ def bad_inputs(folder):
     ("text.txt --vocab_size=259", "--vocab_size=259 is out of range: expected 260 to 65536"),
     ("text.txt --vocab_size=65537", "--vocab_size=65537 is out of range"),
     ("text.txt --val_fraction=0", "--val_fraction=0.0 is out of range"),
+    ("text.txt --max_mb=0", "--max_mb=0 is out of range: expected a positive number of megabytes"),
+    ("text.txt --max_mb=-2", "--max_mb=-2 is out of range: expected a positive"),
+    ("text.txt --max_mb=nan", "--max_mb=nan is out of range: expected a positive"),
+    ("text.txt --max_mb=inf", "--max_mb=inf is out of range: expected a positive"),
+    ("text.txt --max_mb=all", "argument --max_mb: invalid float value: 'all'"),
+    ("--max_mb=5", "--max_mb=5 would limit nothing, the built-in corpus is always whole: leave it out or name sources"),
+    ("builtin --phase2 builtin --max_mb=5", "--max_mb=5 would limit nothing, the built-in corpus"),
+    ("number.jsonl --skip_bad", "number.jsonl: all 1 lines are bad, the first: number.jsonl:1: field text holds int, expected a string"),
+    ("text.txt fields.jsonl --skip_bad", "fields.jsonl: all 1 lines are bad, the first: fields.jsonl:1: no field text"),
+    ("latin.txt --skip_bad", "latin.txt is not UTF-8 at byte 3"),
     ("text.txt --out=mine", "mine holds notes.txt, which prepare.py did not make: choose another --out"),
     ("text.txt --out=text.txt", "text.txt holds text.txt, which prepare.py did not make"),
     ("text.txt --out=text.txt/deeper", "text.txt: File exists"),
@@ -428,7 +438,7 @@ def test_parquet_with_text_that_is_not_utf8(tmp_path):
 
     column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\4\0\0\0"), pyarrow.py_buffer(b"caf\xe9")])
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(prepare.InputError, match="a.parquet: a field is not UTF-8 .*: convert the file first"):
+    with pytest.raises(prepare.InputError, match="a.parquet:1: a field is not UTF-8 .*: convert the file first"):
         make("a.parquet", out="out")
 
 

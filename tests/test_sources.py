@@ -1,5 +1,6 @@
 """sources.py: files, folders and their documents."""
 
+import functools
 import gzip
 import json
 import random
@@ -7,8 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import call, prose, random_text
+from conftest import call, documents, make, prose, random_text, write_jsonl
 
+import corpus
 import sources
 
 
@@ -54,6 +56,12 @@ def test_file_types_and_folders(tmp_path):
             read("chat.jsonl", None)
 
 
+def read(name, field=None, **options):
+    reading = sources.Reading(**options)
+    items = [item for _, item in sources.read_source(sources.Source(str(name)), sources.source_files(str(name)), 0, field, reading)]
+    return items, reading
+
+
 def test_what_a_folder_holds_besides_is_said_in_one_line(tmp_path):
     names = ["a.txt", "deep/B.MD", "c.json", "d.json", "deep/e.JSON.gz", "f.jsonl.zst", "v1.0.csv", "g.tar.gz", "h.2.gz", "LICENSE"]
     hidden = [".gitattributes", ".git/config", "deep/.cache/x.json", ".DS_Store"]
@@ -81,6 +89,86 @@ def test_what_a_folder_holds_besides_is_said_in_one_line(tmp_path):
     assert len(said) == 2
 
 
+def note(opener, opened):
+    opened.append(opener())
+    return opened[-1]
+
+
+def test_only_the_first_bytes_are_read(tmp_path):
+    rng = random.Random(32)
+    texts = [prose(rng, 100) + "漢字 é" for _ in range(12)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(3):
+        write_jsonl(folder / f"{i}.jsonl", [{"text": text} for text in texts[4 * i : 4 * i + 4]])
+    sizes = [len(text.encode()) for text in texts]
+    for limit in (1, 100, sum(sizes[:4]), sum(sizes[:4]) + 1, sum(sizes[:6]) - 1, sum(sizes) - 3, sum(sizes), 10**9):
+        opened = []
+        files = [(name, functools.partial(note, opener, opened)) for name, opener in sources.source_files("texts")]
+        reading = sources.Reading(max_bytes=limit)
+        items = [item for _, item in sources.read_source(sources.Source("texts"), files, 0, None, reading)]
+        assert "".join(texts).startswith("".join(items)) and items[:-1] == texts[: len(items) - 1]
+        assert reading.n_bytes == len("".join(items).encode()) and reading.n_bytes <= limit
+        assert limit < 100 or reading.n_bytes > min(limit, sum(sizes)) - 400, "all but the end of a paragraph"
+        needed = next((i // 4 + 1 for i in range(12) if sum(sizes[: i + 1]) >= limit), 3)
+        assert len(opened) == reading.n_files == needed and all(file.closed for file in opened), "no further file is opened"
+    chats = [{"system": "ä", "question": f"What is {i}?", "answer": "So."} for i in range(9)]
+    turns = lambda chat: [{"role": r, "content": c} for r, c in zip(("system", "user", "assistant"), chat.values())]  # noqa: E731
+    write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns(chat)} for chat in chats])
+    items, reading = read("chats.jsonl", max_bytes=33)
+    assert items == [[chat] for chat in chats[:3]] and reading.n_bytes == 45, "chats are whole"
+    (tmp_path / "book.txt").write_text("".join(texts))
+    items, reading = read("book.txt", max_bytes=1000)
+    assert len(items) == 1 and "".join(texts).startswith(items[0]) and items[0].endswith("\n\n") and 600 < reading.n_bytes <= 1000
+
+
+BAD_LINES = [b'{"text": "\xff"}', b'{"text": "tw', b"[1]", b'{"body": "a"}', b'{"text": 5}', b"[" * 100_000, b'{"text": ["a"]}']
+
+
+def test_bad_lines_are_left_out_if_asked(tmp_path):
+    good = [prose(random.Random(i), 20) for i in range(8)]
+    lines = [part for text, bad in zip(good, [*BAD_LINES, b""]) for part in (json.dumps({"text": text}).encode(), bad)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        items, reading = read(name, skip_bad=True)
+        assert items == good and reading.n_bad == len(BAD_LINES) and reading.first_bad.startswith(f"{name}:2: not UTF-8 at byte 10")
+    for bad in BAD_LINES:
+        (tmp_path / "c.jsonl").write_bytes(lines[0] + b"\n" + bad)
+        with pytest.raises(sources.InputError, match=r"^c.jsonl:2: .*, or pass --skip_bad to leave such lines out$"):
+            read("c.jsonl")
+    wrong = [{"role": "user", "content": "a"}]
+    write_jsonl(tmp_path / "chat.jsonl", [{"messages": wrong}, {"messages": [*wrong, {"role": "assistant", "content": "b"}]}])
+    items, reading = read("chat.jsonl", skip_bad=True)
+    assert items == [[{"question": "a", "answer": "b"}]] and reading.n_bad == 1
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines))[:-9])
+    with pytest.raises(sources.InputError, match="cut.jsonl.gz is not a whole gzip file"):  # not a line, but who knows how much
+        read("cut.jsonl.gz", skip_bad=True)
+
+
+def test_bad_rows_of_parquet_are_left_out_if_asked(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [f"text number {i}".encode() for i in range(600)]
+    texts[300], texts[599] = b"caf\xe9", b"\xff"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())}), tmp_path / "a.parquet")
+    items, reading = read("a.parquet", skip_bad=True)
+    assert items == [text.decode() for i, text in enumerate(texts) if i not in (300, 599)]
+    assert reading.n_bad == 2 and reading.first_bad.startswith("a.parquet:301: a field is not UTF-8 (")
+    with pytest.raises(sources.InputError, match=r"^a.parquet:301: a field is not UTF-8 .*: convert the file first, or pass --skip_bad"):
+        read("a.parquet")
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "n": [4, 5, 6]}), tmp_path / "b.parquet")
+    items, reading = read("b.parquet", skip_bad=True)
+    missing = "b.parquet: no field text, content, question + answer or messages, found id, n: name the field"
+    assert items == [] and reading.n_bad == 3 and reading.first_bad.startswith(missing)
+    with pytest.raises(sources.InputError, match=re.escape(missing) + ".*, or pass --skip_bad"):
+        read("b.parquet")
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "c.parquet")
+    items, reading = read("c.parquet", skip_bad=True)
+    assert items == [] and reading.n_bad == 2 and "field text holds int" in reading.first_bad
+
+
 def test_text_in_pieces(monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "PIECE", 1000)
     rng = random.Random(17)
@@ -95,6 +183,45 @@ def test_text_in_pieces(monkeypatch, tmp_path):
     (tmp_path / "latin.txt").write_bytes(data + b"\xe9 " + text.encode())
     with pytest.raises(sources.InputError, match=f"latin.txt is not UTF-8 at byte {len(data)}: .*iconv"):
         list(sources.read_source(sources.Source("latin.txt"), sources.source_files("latin.txt"), 0, None))
+
+
+# ---- prepare.py's options ----
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_first_megabytes_of_each_source(tmp_path, capsys, monkeypatch):
+    rng = random.Random(33)
+    texts, builtin, small = [prose(rng, 60) for _ in range(40)], [prose(rng, 60) for _ in range(30)], prose(rng, 60)
+    monkeypatch.setattr(corpus, "documents", lambda phase: [("val" if i < 4 else "train", text) for i, text in enumerate(builtin)])
+    monkeypatch.setattr(corpus, "problems", lambda split, count: [])
+    (tmp_path / "set").mkdir()
+    for i in range(4):
+        write_jsonl(tmp_path / f"set/{i}.jsonl", [{"text": text} for text in texts[10 * i : 10 * i + 10]])
+    (tmp_path / "set/3.jsonl").write_text("not even JSON, but nobody looks")
+    (tmp_path / "small.txt").write_text(small)
+    taken = sum(len(text) for text in texts[:15])
+    meta = make("set", "small.txt", "--phase3", "builtin", f"--max_mb={taken / 1e6}", out="out")
+    assert "".join(documents("out", 1, "train") + documents("out", 1, "val")) == "".join(texts[:15]) + small
+    out = capsys.readouterr().out
+    assert f"\nset: {taken / 1e6:.2f} MB of text, from 2 of 4 files (--max_mb={taken / 1e6:g})\n" in out
+    assert "\nsmall.txt: 0.00 MB of text, from 1 of 1 files (--max_mb=" in out and "builtin: " not in out
+    assert meta["max_mb"] == taken / 1e6 and [row["documents"] for row in meta["cleaning"]] == [15, 1, 30], "the built-in corpus is whole"
+
+
+@pytest.mark.usefixtures("one_process")
+def test_bad_lines_are_counted_for_each_source(tmp_path, capsys):
+    texts = [prose(random.Random(i), 60) for i in range(20)]
+    for name, bad in (("a", ['{"text": 5}', '{"body": 5}', "[]"]), ("b", []), ("c", ["?"])):
+        lines = [json.dumps({"text": text}) for text in texts["abc".index(name) * 5 :][:5]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines[:3], *bad, *lines[3:]]))
+    meta = make("a.jsonl", "b.jsonl", "--phase3", "c.jsonl", "--skip_bad", out="out")
+    assert [row["bad lines"] for row in meta["cleaning"]] == [3, 0, 1] and [row["documents"] for row in meta["cleaning"]] == [5, 5, 5]
+    assert "".join(documents("out", 1, "train") + documents("out", 1, "val")) == "".join(texts[:10])
+    found = re.findall(r"^\S+: \d+ bad lines left out.*", capsys.readouterr().out, re.MULTILINE)
+    assert found == ["a.jsonl: 3 bad lines left out, the first: a.jsonl:4: field text holds int, expected a string: "
+                     "name another with --field",
+                     "c.jsonl: 1 bad lines left out, the first: c.jsonl:4: malformed JSON (Expecting value: line 1 column 1 (char 0)): "
+                     "expected one object per line: mend or drop the line"]
 
 
 def test_files_of_other_kinds_are_named_once(tmp_path):
