@@ -3,7 +3,7 @@
 A checkpoint is one .pt file of plain tensors, numbers and strings: model name, config, weights, optimizer state, phase, step,
 data fingerprint, and the tokenizer as its JSON text, so that the file alone is enough to sample.
 
-    model, tokenizer, checkpoint = load_model(find_checkpoint("out/flow"))
+    model, tokenizer, checkpoint = load_model("out/flow")
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def load_weights(network, checkpoint: dict, path: Path):
     network.load_state_dict(checkpoint["weights"])
 
 
-def find_checkpoint(ckpt: str | None, model: str | None = None) -> Path:
+def find_checkpoint(ckpt: str | Path | None, model: str | None = None) -> Path:
     """The checkpoint that --ckpt means: a file, a Hugging Face folder, the latest of a run folder, or (None) of the newest run in out/.
 
     Validation-best copies are taken only when named. With `model`, runs of the other model are passed over.
@@ -75,11 +75,11 @@ def find_checkpoint(ckpt: str | None, model: str | None = None) -> Path:
     raise InputError(f"{where} holds no {kind}checkpoint yet: make one with `python train.py{option}`, or name one")
 
 
-def load_model(path: Path, device="cpu", model: str | None = None):
-    """(model in eval mode, Tokenizer, checkpoint) from a checkpoint file or a Hugging Face folder (of unknown phase: 0).
-
-    Raises InputError, also when it holds another `model`.
+def load_model(path: str | Path, device="cpu", model: str | None = None):
+    """(model in eval mode, Tokenizer, checkpoint) from a checkpoint file, a run folder (its latest, as find_checkpoint says) or a Hugging
+    Face folder (of unknown phase: 0). Raises InputError, also when it holds another `model`.
     """
+    path = find_checkpoint(path, model) if Path(path).is_dir() else Path(path)
     if path.is_dir():
         network, tokenizer = publish.read_folder(path)
         config, name = dataclasses.asdict(network.config), type(network).__name__.lower()

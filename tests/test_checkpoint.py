@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,23 @@ def test_the_latest_checkpoint_is_found_whatever_the_times(finished, tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint yet: make one with `python train.py`"):
         find_checkpoint(str(tmp_path))
     fails("sample.py", match="make one with `python train.py`", cwd=tmp_path)
+
+
+def test_a_model_is_loaded_from_whatever_names_it(finished, tmp_path, monkeypatch):
+    weights = load_checkpoint(finished / "phase3.pt")["weights"]
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    for name in (finished / "phase3.pt", str(finished / "phase3.pt"), finished, str(finished), "run", Path("run"), "run/phase3.pt"):
+        model, _, checkpoint = load_model(name)
+        assert checkpoint["phase"] == 3 and all(torch.equal(p, weights[key]) for key, p in model.state_dict().items())
+    shutil.copy(finished / "phase1.pt", "run/last.pt")
+    assert load_model("run")[2]["phase"] == 1
+    (tmp_path / "empty").mkdir()
+    for name, match in (("empty", "empty holds no checkpoint yet: make one with"), ("none.pt", "none.pt does not exist: train a model")):
+        with pytest.raises(InputError, match=match):
+            load_model(name)
+    with pytest.raises(InputError, match="holds a flow model, not pulse"):
+        load_model("run", model="pulse")
 
 
 def test_unreadable_checkpoints_are_refused(finished, tmp_path):
