@@ -1,9 +1,10 @@
-"""The log of a run, and its curves, of several runs beside each other if wanted.
+"""The log of a run, and its curves and last figures, of several runs beside each other if wanted.
 
     python curves.py out/flow                                  # out/flow/curves.png, as train.py draws it itself
     python curves.py out/flow out/pulse --output=both.png
 
-Training and validation loss, bits per byte and learning rate over the tokens seen; the phases are marked.
+The picture: training and validation loss, bits per byte and learning rate over the tokens seen; the phases are marked. The table, so
+that a sweep can be read as numbers: where each phase ended, or is by now; tokens and seconds count from the run's beginning.
 """
 
 import json
@@ -33,18 +34,35 @@ def trim_log(path: Path, phase: int, step: int):
         file.writelines(json.dumps(line) + "\n" for line in kept)
 
 
-def draw(runs: list[Path], picture: Path):
-    """Draw the log.jsonl of each run folder into one picture. Raises InputError when matplotlib is missing, a log
-    is empty, or the picture's format is unknown."""
+def read_logs(runs: list[Path]) -> dict[Path, list[dict]]:
+    """The log of each run folder. Raises InputError when one is empty, or as read_log does."""
+    logs = {run: read_log(run / "log.jsonl") for run in runs}
+    for folder, lines in logs.items():
+        if not lines:
+            raise InputError(f"{folder}/log.jsonl does not exist or is empty: train with --out={folder} first")
+    return logs
+
+
+def table(logs: dict[Path, list[dict]]) -> str:
+    """A row per run and phase: its last validation, or a dash where none has been made yet."""
+    rows = [["run", "phase", "tokens", "seconds", "validation loss", "bits per byte"]]
+    for folder, lines in logs.items():
+        for phase in sorted({x["phase"] for x in lines}):
+            of_phase = [x for x in lines if x["phase"] == phase]
+            last = [x for x in of_phase if "val_loss" in x][-1:] or of_phase[-1:]
+            losses = [f"{last[0][name]:.4f}" if name in last[0] else "-" for name in ("val_loss", "val_bpb")]
+            rows.append([str(folder), str(phase), f"{last[0]['tokens']:,}", f"{last[0]['seconds']:,.0f}", *losses])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(x.rjust(width) for x, width in zip(row[1:], widths[1:]))]) for row in rows)
+
+
+def draw(logs: dict[Path, list[dict]], picture: Path):
+    """Draw the log of each run folder into one picture. Raises InputError when matplotlib is missing or the picture's format is unknown."""
     try:
         from matplotlib import ticker
         from matplotlib.figure import Figure
     except ImportError as problem:
         raise InputError("curves need matplotlib: pip install matplotlib") from problem
-    logs = {run: read_log(run / "log.jsonl") for run in runs}
-    for folder, lines in logs.items():
-        if not lines:
-            raise InputError(f"{folder}/log.jsonl does not exist or is empty: train with --out={folder} first")
     figure = Figure(figsize=(9, 8), layout="constrained")
     ends = {}  # phase -> bits per byte at its end, of every run: the lowest stands below its curve where there are others
     for lines in logs.values():
@@ -88,7 +106,7 @@ def draw(runs: list[Path], picture: Path):
 def draw_curves(out: Path):
     """Draw a run's curves.png, or say why not."""
     try:
-        draw([out], out / "curves.png")
+        draw(read_logs([out]), out / "curves.png")
         print(f"curves: {out / 'curves.png'}")
     except (InputError, OSError) as problem:  # the weights are what counts: a missing matplotlib is only said
         print(f"no curves.png: {problem}")
@@ -100,8 +118,10 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, help="the picture (default: curves.png in the first folder)")
     args = parser.parse_args(argv)
     picture = args.output or args.runs[0] / "curves.png"
-    draw(args.runs, picture)
-    print(picture)
+    logs = read_logs(args.runs)
+    print(table(logs))  # first: it needs no matplotlib
+    draw(logs, picture)
+    print(f"\n{picture}")
 
 
 if __name__ == "__main__":
