@@ -13,13 +13,12 @@ import json
 import math
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 
 from checkpoint import MODELS, PHASES, find_checkpoint, load_model
-from device import DTYPES, Device
+from device import DTYPES, Device, out_of_memory
 from scripts import ArgumentParser, InputError, run, whole_file
-from shards import Windows, load_meta, token_bytes, tokenizer_fingerprint
+from shards import Windows, load_meta, load_tokenizer, token_bytes, tokenizer_fingerprint
 from train import evaluate
 
 BATCH_TOKENS = 2**13  # tokens at once unless --batch_size says otherwise: little memory, and on a CPU more are no faster
@@ -49,11 +48,7 @@ def parse_args(argv=None):
 def open_data(args) -> tuple[Tokenizer, dict[int, Windows]]:
     """(tokenizer of --data, windows of the validation text by phase)"""
     meta = load_meta(args.data)
-    try:
-        tokenizer_json = (args.data / "tokenizer.json").read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as problem:  # the only type that the tokenizers library raises
-        raise InputError(f"{args.data}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
+    tokenizer_json, tokenizer = load_tokenizer(args.data)
     there = [n for n in PHASES if "val" in meta["phases"].get(str(n), {})] or PHASES  # with none, the first is missed
     of_tokenizer = meta["vocab_size"], tokenizer_fingerprint(tokenizer_json)
     phases = [args.phase] if args.phase else there
@@ -106,7 +101,7 @@ def main(argv=None):
         with Device(args.device, args.dtype) as device:
             table(args, device)
     except RuntimeError as problem:
-        if isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem):  # a CPU's has no type of its own
+        if out_of_memory(problem):
             raise InputError("the model or a batch of it does not fit into the memory: lower --batch_size or --seq_len") from problem
         raise
 

@@ -71,6 +71,15 @@ def read_shard(path, vocab_size: int | None = None, fingerprint: int | None = No
     return fields, np.memmap(path, "<u2", "r", HEADER * 4, (fields["n_tokens"],))
 
 
+def load_tokenizer(folder: Path) -> tuple[str, Tokenizer]:
+    """(the text of tokenizer.json of a data folder, the Tokenizer). Raises InputError."""
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        return text, Tokenizer.from_str(text)
+    except Exception as problem:  # the only type that the tokenizers library raises
+        raise InputError(f"{folder}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
+
+
 def load_meta(folder) -> dict:
     """meta.json of a data folder: vocab_size, special_tokens, fingerprint, phases[n][split] with documents, bytes, tokens and
     shards, and what cleaning did. InputError if there is none."""

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
@@ -35,7 +34,7 @@ from model import PRESETS
 from muon import build_optimizers, update
 from resume import beginning, check_same, check_start, previous, read_start, start_over
 from scripts import ArgumentParser, InputError, run
-from shards import Windows
+from shards import Windows, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,12 +281,8 @@ def train(args, device: Device, say):
             prepare.main([])
         device.barrier()
     meta = prepare.load_meta(args.data)
-    try:
-        tokenizer_json = (args.data / "tokenizer.json").read_text(encoding="utf-8")
-        fingerprint = prepare.tokenizer_fingerprint(tokenizer_json)
-        token_bytes = prepare.token_bytes(Tokenizer.from_str(tokenizer_json))
-    except Exception as problem:  # the only type that the tokenizers library raises
-        raise InputError(f"{args.data}/tokenizer.json is not a tokenizer ({problem}): make the data again with prepare.py") from problem
+    tokenizer_json, tokenizer = load_tokenizer(args.data)
+    fingerprint, token_bytes = prepare.tokenizer_fingerprint(tokenizer_json), prepare.token_bytes(tokenizer)
     init = read_start(find_checkpoint(args.init)) if args.init else None
     config, imported = model_config(args, meta["vocab_size"], init), bool(init) and init.get("imported", not init["phase"])
     del init
