@@ -404,6 +404,8 @@ class Flow(nn.Module):
 
 # ---- generation ----
 
+MAX_PENALTY = 100  # of repetition: far beyond use, and no logit becomes infinite
+
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """logits [B, V] -> token ids [B]: greedy at temperature 0, else drawn from the top_k / top_p part of the distribution."""
@@ -421,6 +423,12 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
     return torch.multinomial(probs, 1)[:, 0]
 
 
+def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """logits [B, V] where those of the tokens in `seen` (bool [B, V]) are divided by the penalty if positive, multiplied if negative."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a penalty of 1.01 is within the rounding of bf16
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 @torch.inference_mode()
 def generate(
     model: nn.Module,
@@ -429,18 +437,22 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_ids: Sequence[int] = (),
 ) -> Iterator[Tensor]:
     """Continue prompts; yields one [B] tensor of token ids per step, the same for Flow and Pulse.
 
     `idx` is [B, T], or B lists of unequal length. Unequal prompts need no padding: the model reads as many tokens as the
     shortest has, then the longer ones go on being read token by token while the others already answer, so that every row
-    gets exactly what it would get alone. A row yields -1 while its prompt is read and after one of `stop_ids`. Raises ValueError
-    for a prompt without tokens.
+    gets exactly what it would get alone. A row yields -1 while its prompt is read and after one of `stop_ids`.
+    `repetition_penalty` (arXiv:1909.05858, 4.1; 1.2 there, 1 is off) makes a row's own tokens, its prompt's too, less likely. Raises
+    ValueError for a prompt without tokens and a penalty out of range.
     """
     prompts = [list(map(int, row)) for row in idx]
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and each at least one token")
+    if not 1 <= repetition_penalty <= MAX_PENALTY:
+        raise ValueError(f"repetition_penalty={repetition_penalty} must be 1 (off) to {MAX_PENALTY}")
     device = next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     shortest, longest = int(lengths.min()), int(lengths.max())
@@ -451,9 +463,12 @@ def generate(
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     plain = shortest == longest and not stop_ids  # every row speaks at every step: nothing to keep account of
     tokens = table[:, :shortest]
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device) if repetition_penalty != 1 else None
     for t in range(shortest, longest + max_new_tokens):
-        logits, _ = model(tokens, state=state)
-        new = sample_token(logits[:, -1], temperature, top_k, top_p)
+        logits = model(tokens, state=state)[0][:, -1]
+        if seen is not None:  # what a row has seen is what the model has read of it, so that padding is not among it
+            logits = penalized(logits, seen.scatter_(1, tokens, True), repetition_penalty)
+        new = sample_token(logits, temperature, top_k, top_p)
         if plain:
             yield new
             tokens = new[:, None]

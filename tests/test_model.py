@@ -5,12 +5,14 @@ import json
 import math
 
 import pytest
+import test_snn_model as pulse
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import snn_model
 from loss import LinearCrossEntropy
-from model import PRESETS, Flow, FlowConfig, RMSNorm, band, causal_attention, generate, rope_table, rotate, sample_token
+from model import PRESETS, Flow, FlowConfig, RMSNorm, band, causal_attention, generate, penalized, rope_table, rotate, sample_token
 
 TINY = FlowConfig(vocab_size=97, n_layer=3, n_head=4, n_kv_head=2, d_model=32, head_dim=16, d_ff=48, window=8, global_every=3)
 
@@ -389,6 +391,61 @@ def test_stop_ids_end_a_row_and_then_the_generator():
         expected = free[: free.index(stop) + 1] if stop in free else free
         assert [t for t in row if t >= 0] == expected
     assert max(map(len, table)) == max(len([t for t in row if t >= 0]) for row in table)
+
+
+def penalized_by_hand(model, prompt, n, penalty):
+    """Greedy, with the penalty of CTRL (arXiv:1909.05858, section 4.1) as it is written there: token by token."""
+    text = list(prompt)
+    for _ in range(n):
+        logits = model(torch.tensor([text]))[0][0, -1].tolist()
+        for token in set(text):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        text.append(max(range(len(logits)), key=logits.__getitem__))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ["flow", "pulse"])
+def test_the_repetition_penalty_counts_what_each_row_has_seen_and_nothing_else(kind):
+    model, config = (make().double(), TINY) if kind == "flow" else (pulse.make(dtype=torch.float64), pulse.TINY)
+    prompts = [tokens(1, n, config, seed=n)[0].tolist() for n in (3, 11, 20, 3)]
+    first = penalized_by_hand(model, prompts[0], 1, 1.3)[0]
+    with torch.no_grad():  # a short prompt is to be followed by token 0, which stands in the table where that prompt has ended
+        for weight in {model.token_embedding.weight, model.lm_head.weight}:  # a set: they may be one
+            weight[[0, first]] = weight[[first, 0]]
+    prompts = [[{0: first, first: 0}.get(token, token) for token in prompt] for prompt in prompts]
+    for penalty in (1.3, 100):
+        table = torch.stack(list(generate(model, prompts, 10, temperature=0, repetition_penalty=penalty)), 1)
+        rows = [[token for token in row if token >= 0] for row in table.tolist()]
+        assert rows == [penalized_by_hand(model, prompt, 10, penalty) for prompt in prompts] and rows[0][0] == 0
+    assert all(len({*prompt, *row}) == len(set(prompt)) + len(row) for prompt, row in zip(prompts, rows)), "at 100 nothing comes twice"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_repetition_penalty_of_one_changes_no_token(preset):
+    """In the presets' layers and heads, with small widths: text drawn with a seed is that of a loop that knows of no penalty."""
+    flow = make(dataclasses.replace(PRESETS[preset], vocab_size=97, d_model=32, head_dim=8, d_ff=48))
+    sizes = dict(vocab_size=97, d_model=32, d_hidden=48, d_ff=64, n_head=2)
+    for model in (flow, pulse.make(dataclasses.replace(snn_model.PRESETS[preset], **sizes))):
+        torch.manual_seed(1)
+        state, x, expected = model.init_state(2, 30), tokens(2, 6), []
+        for _ in range(12):
+            expected.append(sample_token(model(x, state=state)[0][:, -1], 0.8, 40, 0.95))
+            x = expected[-1][:, None]
+        torch.manual_seed(1)
+        written = generate(model, tokens(2, 6), 12, 0.8, 40, 0.95, repetition_penalty=1.0)
+        assert torch.equal(torch.stack(list(written)), torch.stack(expected))
+
+
+def test_the_repetition_penalty_is_not_lost_in_half_precision():
+    logits = torch.tensor([[10.0, -10.0, 10.0]])
+    seen = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(penalized(logits.bfloat16(), seen, 1.001), torch.tensor([[10 / 1.001, -10.01, 10.0]]))
+
+
+@pytest.mark.parametrize("penalty", [0.99, 0, -1, 101, math.inf, math.nan])
+def test_repetition_penalties_out_of_range_are_refused(penalty):
+    with pytest.raises(ValueError, match=rf"repetition_penalty={penalty} must be 1 \(off\) to 100"):
+        next(generate(make(), [[1]], 3, repetition_penalty=penalty))
 
 
 def test_sampling_follows_the_distribution_it_is_told():
