@@ -38,8 +38,9 @@ def load_checkpoint(path: Path) -> dict:
     """The dict that save_checkpoint wrote, tensors on the CPU. Raises InputError for a file that is not one or is cut short."""
     if not path.exists():
         raise InputError(f"{path} does not exist: train a model with `python train.py`, or name another file")
+    mapped = str(path).isascii()  # what torch maps it opens by the UTF-8 name, which is another file's or none's in another locale
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if {"model", "config", "weights", "tokenizer", "phase", "step"} <= checkpoint.keys():
             return checkpoint
     except Exception as problem:  # the zip reader and the restricted unpickler raise many types; each means the same to a user
@@ -50,8 +51,8 @@ def load_checkpoint(path: Path) -> dict:
 
 def load_weights(network, checkpoint: dict, path: Path):
     """Put a checkpoint's weights into a network of its sizes. Raises InputError when the network has others by now, or other settings."""
-    same = network.state_dict().keys() == checkpoint["weights"].keys() and vars(network.config).keys() == checkpoint["config"].keys()
-    if not same:
+    shapes, theirs = ({n: w.shape for n, w in weights.items()} for weights in (network.state_dict(), checkpoint["weights"]))
+    if shapes != theirs or vars(network.config).keys() != checkpoint["config"].keys():
         name = checkpoint["model"]
         raise InputError(f"{path} has the weights of another version of this {name}: train it again, or use that version")
     network.load_state_dict(checkpoint["weights"])

@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -33,7 +34,7 @@ import publish
 from checkpoint import MODELS, find_checkpoint, load_model
 from coreml_models import MAX_DIM, PREFILL, FlowOnDevice, PulseOnDevice, ranges
 from huggingface import read_json
-from scripts import ArgumentParser, InputError, run
+from scripts import ArgumentParser, InputError, lock_folder, run
 
 HERE = Path(__file__).resolve().parent
 # --compress: what coremltools is told. Only the matrices of conv and linear are compressed, so norms, gains, betas and
@@ -351,6 +352,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(new, ignore_errors=True)
 
+    if new.exists():
+        os.close(lock_folder(new, given))  # another run may be building in it
     tidy()  # what a killed run left
     if out.exists() and not overwrite:
         raise InputError(f"{given} exists: add --overwrite to replace it, or choose another --out")
@@ -358,6 +361,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         refuse_foreign(given)
     out.parent.mkdir(parents=True, exist_ok=True)
     new.mkdir()
+    lock = lock_folder(new, given)
     try:
         yield new
         if out.exists():
@@ -368,6 +372,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
             raise InputError(f"{out.parent} is full: free some space or choose another --out") from error
         raise
     finally:
+        os.close(lock)
         tidy()
 
 

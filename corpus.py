@@ -87,7 +87,7 @@ def source_files(packages: tuple[str, ...]) -> list[tuple[str, Path]]:
             prefix, roots = f"{package}/", (spec.submodule_search_locations or []) if spec else []
             absent += [] if spec else [package]
         for root in map(Path, roots):
-            paths = [path for path in root.rglob("*.py*") if path.suffix in (".py", ".pyi")]
+            paths = [path for path in root.rglob("*.py*") if path.suffix in (".py", ".pyi") and path.is_file()]
             names = ((path.relative_to(root).as_posix(), path) for path in paths)
             files += sorted((prefix + name.rsplit(".", 1)[0], path) for name, path in names if not SKIPPED.search(name))
     if absent:
@@ -141,7 +141,7 @@ def read_module(file: tuple[str, Path]) -> Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
             tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # templates, and files for other versions of Python
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # templates, files for other versions of Python, or nested too deep
         return Module(name, [])
     units = [[text for doc in docs for text in paragraphs(doc)] for docs in docstrings(tree)]
     return Module(name, [*units, list(comments(source.decode(errors="replace")))])

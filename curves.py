@@ -20,9 +20,9 @@ def read_log(path: Path) -> list[dict]:
         if line.endswith(b"}"):
             try:
                 lines.append(json.loads(line))
-                if not {"phase", "step"} <= lines[-1].keys():
+                if not all(isinstance(lines[-1][name], int) for name in ("phase", "step", "tokens")):
                     raise ValueError
-            except (ValueError, AttributeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(f"{path}:{number} is no line of a log: remove it") from None
     return lines
 
@@ -98,7 +98,8 @@ def draw(logs: dict[Path, list[dict]], picture: Path):
     for axis in (loss_axis, bits_axis, lr_axis):
         axis.spines[["top", "right"]].set_visible(False)
     try:
-        figure.savefig(picture, dpi=110)
+        with whole_file(picture, "wb") as file:
+            figure.savefig(file, dpi=110, format=picture.suffix[1:] or "png")
     except ValueError as problem:  # the ending of the name says in which format
         raise InputError(f"{picture} cannot be drawn ({problem}): name a .png, .svg or .pdf") from problem
 
@@ -108,7 +109,7 @@ def draw_curves(out: Path):
     try:
         draw(read_logs([out]), out / "curves.png")
         print(f"curves: {out / 'curves.png'}")
-    except (InputError, OSError) as problem:  # the weights are what counts: a missing matplotlib is only said
+    except Exception as problem:  # matplotlib raises what it likes, and the weights are what counts: a missing picture is only said
         print(f"no curves.png: {problem}")
 
 

@@ -8,13 +8,14 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scripts import InputError
+from scripts import InputError, lock_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products; weights are always fp32
 # Dense bf16 peak in FLOP/s from the makers' data sheets; other devices are measured with one matrix product at the start.
@@ -26,7 +27,7 @@ PEAK_FLOPS = {
 
 def choose_device(name: str | None) -> torch.device:
     """cuda, mps or cpu, the best that is there unless named; under torchrun each process takes the GPU of its local rank."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    alone = (os.environ.get("WORLD_SIZE") or "1") == "1"
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and alone else "cpu"
     if name == "mps" and not alone:
@@ -50,11 +51,6 @@ def has_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return device.type == "mps"
-
-
-def out_of_memory(problem: RuntimeError) -> bool:
-    """Whether an error means that memory ran out: a CPU's and Apple's have no type of their own."""
-    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem) or "out of memory" in str(problem)
 
 
 def keep_freed_memory():
@@ -115,7 +111,8 @@ class Device:
     """Where this process computes, in which precision (of DTYPES), and how it talks to the other ranks of a torchrun."""
 
     def __init__(self, name: str | None, dtype: str | None = None):
-        self.ranks, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.ranks, self.rank = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
+        self.claimed: int | None = None  # the folder that this process alone may write
         self.torch = choose_device(name)
         self.dtype = DTYPES[dtype or ("bf16" if has_bf16(self.torch) else "fp32")]
         if self.torch.type == "cpu":
@@ -129,6 +126,8 @@ class Device:
     def __exit__(self, failed, *_):
         """Leave the other ranks. When all went well a rank ends here, without Python's finalization: there it has happened, on a busy
         machine, that one of gloo's threads wanted Python once more and aborted a process whose work was done."""
+        if self.claimed is not None:
+            os.close(self.claimed)
         if self.ranks > 1:
             # Together, when all is well. After a failure the others are elsewhere, and NCCL would wait for them: torchrun ends them.
             if failed in (None, SystemExit) or self.torch.type != "cuda":
@@ -142,6 +141,11 @@ class Device:
         name += f" ({torch.get_num_threads()} threads)" if self.torch.type == "cpu" else ""
         precision = "bf16 matrix products over fp32 weights" if self.dtype == torch.bfloat16 else "fp32"
         return f"{self.ranks} x {name}, {precision}"
+
+    def claim(self, folder: Path):
+        """Keep other runs out of a folder as long as this one goes on. Raises InputError in the first rank when one is in it."""
+        if self.rank == 0:
+            self.claimed = lock_folder(folder)
 
     def say(self, *text, **options):
         """print() of the first rank. When nobody reads any more (`| head`) it is as if Ctrl-C had been pressed."""

@@ -33,12 +33,12 @@ import prepare
 import teachers
 from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from curves import draw_curves, trim_log
-from device import DTYPES, Device, StopNotice, out_of_memory
+from device import DTYPES, Device, StopNotice
 from exact_match import Problem, final_number, majority, problem_files, read_problems, refuse_leaks, wilson
 from loss import distillation_loss
 from muon import build_optimizers, decay_groups, update
-from resume import check_same
-from scripts import ArgumentParser, InputError, json_object, run, whole_file
+from resume import check_same, give_back, let_go, restoring, set_aside
+from scripts import ArgumentParser, InputError, json_object, out_of_memory, run, whole_file
 from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, question_ids
 from train import RATE_PENALTY, lr_at
 
@@ -174,8 +174,11 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
     } | ({"rate_penalty": rate_penalty} if source["model"] == "pulse" else {})  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     log, last = args.out / "log.jsonl", args.out / "last.pt"
-    if args.fresh and device.rank == 0:
-        last.unlink(missing_ok=True)
+    device.claim(args.out)
+    if device.rank == 0:
+        give_back(args.out)
+        if args.fresh:
+            set_aside(args.out, [last])
     device.barrier()
     torch.manual_seed(args.seed)
     optimizers = make_optimizers(args.optimizer, model, peak_lr, device.dtype)
@@ -250,6 +253,8 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
             if not math.isfinite(grad_norm):  # so neither are the weights by now: nothing more is saved
                 why = f"the gradient is {grad_norm:.3g} at step {step}"
                 raise InputError(f"{why}: start over with --fresh and a lower --lr than {peak_lr:.2g}")
+            if device.rank == 0:
+                let_go(args.out)
         seconds += time.perf_counter() - clock
         if log_now:
             (mean_loss,) = device.sum([torch.stack(losses).sum().item() / (step - logged[0])])
@@ -289,11 +294,11 @@ def evaluate(student: LocalTeacher, problems: list[Problem], args, transcripts: 
     jobs = [Job(str(i), k, problem.question) for i, problem in enumerate(problems) for k in range(args.votes)]
     temperature = 0.0 if args.votes == 1 else 0.7 if args.temperature is None else args.temperature
     began, texts, cut, tokens = time.perf_counter(), [[""] * args.votes for _ in problems], 0, 0
-    for job, answer in student.answers(jobs, temperature, args.max_new_tokens, args.seed):
-        texts[int(job.key)][job.sample] = answer.text
-        cut, tokens = cut + (answer.finish != "stop"), tokens + answer.tokens
     right, silent = 0, 0
-    with whole_file(transcripts) as file:
+    with whole_file(transcripts) as file:  # opened first: an answer that cannot be kept is not asked for
+        for job, answer in student.answers(jobs, temperature, args.max_new_tokens, args.seed):
+            texts[int(job.key)][job.sample] = answer.text
+            cut, tokens = cut + (answer.finish != "stop"), tokens + answer.tokens
         for problem, answers in zip(problems, texts):
             final = majority([final_number(text) for text in answers])
             right, silent = right + (final == problem.number), silent + (final is None)
@@ -367,8 +372,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     for name in ("votes", "max_new_tokens", "gen_batch_size", "concurrency", "num_problems", "num_eval", "epochs", "batch_size",
                  "grad_accum", "seq_len", "lr", "kl_temperature", "save_interval", "eval_interval", "log_interval"):  # fmt: skip
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"--{name}={getattr(args, name)} must be positive and finite")
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < (1000 if name in ("epochs", "lr", "concurrency") else 2**31):
+            limit = "1000" if name in ("epochs", "lr", "concurrency") else "2**31"
+            raise InputError(f"--{name}={getattr(args, name)} must be positive and below {limit}")
     if args.samples < 0 or not 0 <= args.seed < 2**63:
         raise InputError(f"--samples={args.samples} and --seed={args.seed} cannot be negative, nor a seed 2^63 or more")
     if not 0 <= (args.rate_penalty or 0) < math.inf:
@@ -466,7 +472,8 @@ def distill(args, device: Device, say):
         return
     if not pairs:
         raise InputError("no answer is left to learn from: take a better --teacher, --keep=all, or a larger --max_new_tokens")
-    train(args, student, pairs, evals[names[0]], compared, device, say)
+    with restoring(args.out, device):
+        train(args, student, pairs, evals[names[0]], compared, device, say)
     if device.rank == 0:
         for checkpoint, label in ((student, "before"), (args.out / "last.pt", "after")):
             evaluate_all(checkpoint, label, args.out, evals, args, device, say)
@@ -478,7 +485,7 @@ def main(argv=None):
     try:
         with Device(args.device, args.dtype) as device:
             distill(args, device, device.say)
-    except RuntimeError as problem:
+    except (RuntimeError, MemoryError) as problem:
         if out_of_memory(problem):
             remedy = "lower --batch_size and raise --grad_accum, lower --gen_batch_size, or choose a smaller model"
             raise InputError(f"a model or a batch of it does not fit into the memory: {remedy}") from problem

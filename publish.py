@@ -8,6 +8,7 @@ project reads.
     python convert.py --to=hf --push=user/name          # and publishes it; log in first with `hf auth login`
 """
 
+import errno
 import json
 import shutil
 from dataclasses import asdict
@@ -93,6 +94,7 @@ def measured(log: Path, phase: int, step: int) -> list[dict]:
 
 def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) -> None:
     """A Hugging Face folder of a model: config, weights, tokenizer, chat template, card. `run` is where the log lies."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from tokenizers import Tokenizer
 
@@ -114,7 +116,10 @@ def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) ->
         write("generation_config.json", sampling)
     else:
         write("config.json", {"made_by": "SLMS", "model_type": "pulse", **asdict(model.config)})
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as problem:  # no OSError, whatever went wrong
+        raise OSError(errno.ENOSPC, f"cannot be written ({problem})", str(folder / "model.safetensors")) from problem
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody but the owner read
     (folder / "tokenizer.json").write_text(checkpoint["tokenizer"], encoding="utf-8")
     write(

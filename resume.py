@@ -2,8 +2,10 @@
 cannot. A run's folder holds phase{1,2,3}.pt of what is finished and last.pt of what is not.
 """
 
+import contextlib
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 from checkpoint import PHASES, find_checkpoint, load_checkpoint, load_model
@@ -67,11 +69,12 @@ def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str,
 
 
 def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
-    """--fresh: removes the checkpoints of this phase and later ones, and their lines of the log. Raises InputError, and removes nothing,
-    when the phase could not begin again."""
+    """--fresh: sets aside the checkpoints of this phase and later ones, and their lines of the log. Raises InputError, and touches
+    nothing, when the phase could not begin again."""
     last = args.out / "last.pt"
     if start := beginning(args, phase):
         check_start(start, read_start(start), args, config, tokenizer_json, bool(args.init))
+    device.barrier()  # the others look at the same files
     if device.rank != 0:
         return
     try:
@@ -80,9 +83,48 @@ def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
         begun = math.inf
     if begun < phase:
         previous(args.out, phase)  # refuses to lose an earlier phase
-    else:
-        last.unlink(missing_ok=True)
-    for n in range(phase, len(PHASES) + 1):
-        for name in (f"phase{n}.pt", f"phase{n}_best.pt"):
-            (args.out / name).unlink(missing_ok=True)
+    files = [args.out / f"phase{n}{kind}.pt" for n in range(phase, len(PHASES) + 1) for kind in ("", "_best")]
+    set_aside(args.out, files if begun < phase else [last, *files])
     trim_log(args.out / "log.jsonl", phase - 1, 10**9)
+
+
+# What --fresh replaces is removed when the first steps of the new run went well, and put back if they did not.
+
+ASIDE = ".before_fresh"
+
+
+def set_aside(out: Path, files: list[Path]):
+    """Move files of a run's folder, and a copy of its log, to where give_back() finds them."""
+    aside = out / ASIDE
+    aside.mkdir()
+    for file in filter(Path.exists, files):
+        file.rename(aside / file.name)
+    if (out / "log.jsonl").exists():
+        shutil.copy2(out / "log.jsonl", aside)
+
+
+def give_back(out: Path):
+    """Put back what was set aside by a run that came to nothing, perhaps because it was killed."""
+    if (aside := out / ASIDE).is_dir():
+        for file in aside.iterdir():
+            file.replace(out / file.name)
+        aside.rmdir()
+    shutil.rmtree(out / f"{ASIDE}.gone", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def restoring(out: Path, device: Device):
+    """give_back() if the run inside ends with an error, and if the folder is its own."""
+    try:
+        yield
+    except BaseException:
+        if device.claimed is not None:
+            give_back(out)
+        raise
+
+
+def let_go(out: Path):
+    """Remove what was set aside, all at once: no half of it is ever put back."""
+    if (aside := out / ASIDE).is_dir():
+        aside.rename(gone := out / f"{ASIDE}.gone")
+        shutil.rmtree(gone)

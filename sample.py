@@ -29,7 +29,7 @@ from checkpoint import MODELS, find_checkpoint, for_writing, load_model
 from decode import Decoder
 from device import choose_device
 from model import MAX_PENALTY, generate
-from scripts import ArgumentParser, InputError, run
+from scripts import ArgumentParser, InputError, run, whole_file
 
 
 def parse_args(argv=None):
@@ -231,7 +231,7 @@ def prompt_of(where: str, line: str) -> str:
 
 
 def answer_file(model, tokenizer: Tokenizer, encode, args, stop_ids: list[int]):
-    """One JSON line {"prompt", "completion"} per line of the file and sample, written as soon as its batch is done."""
+    """One JSON line {"prompt", "completion"} per line of the file and sample; the file is there when it is whole."""
     if args.output.exists():
         raise InputError(f"{args.output} exists: remove it or name another --output")
     prompts = [prompt for prompt in read_prompts(args.prompts_file) for _ in range(args.num_samples)]
@@ -242,7 +242,7 @@ def answer_file(model, tokenizer: Tokenizer, encode, args, stop_ids: list[int]):
     except InputError as problem:
         raise InputError(f"{args.prompts_file}, {prompts[encoded.index(longest)][:30]!r}...: {problem}") from problem
     count, start = 0, time.perf_counter()
-    with open(args.output, "w", encoding="utf-8") as file, tqdm(total=len(prompts), unit="prompts") as bar:
+    with whole_file(args.output) as file, tqdm(total=len(prompts), unit="prompts") as bar:
         for i in range(0, len(prompts), args.batch_size):
             texts, made = batch(model, tokenizer, encoded[i : i + args.batch_size], new, args, stop_ids)
             for prompt, text in zip(prompts[i:], texts):

@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ def run(main: Callable):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    allow_many_files()
     try:
         main()
         sys.stdout.flush()  # so that a closed pipe is noticed here
@@ -37,6 +40,10 @@ def run(main: Callable):
         code, line = 130, "interrupted"
     except InputError as error:
         code, line = 2, f"error: {error}"
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        code, line = 2, f"error: the memory ran out ({str(error).splitlines()[0][:100]}): take less at a time, or a smaller model"
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -48,6 +55,31 @@ def run(main: Callable):
         code, line = 2, f"error: {where}{error.strerror}" + ": free some space or write elsewhere" * full
     print(line, file=sys.stderr)
     sys.exit(code)
+
+
+def out_of_memory(problem: Exception) -> bool:
+    """Whether an error means that memory ran out: a GPU's has a type of its own, torch's for a CPU and Apple's GPU have not."""
+    words = "out of memory", "can't allocate memory"
+    return isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError" or any(word in str(problem) for word in words)
+
+
+def allow_many_files():
+    """As many open files as the system grants: every shard that is mapped is one, and macOS starts with 256."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (10_240 if most == resource.RLIM_INFINITY else min(most, 10_240), most))
+
+
+def lock_folder(folder: Path, given: Path | None = None) -> int:
+    """A descriptor of a folder that keeps other runs out until it is closed, at the latest by the system when this process ends. Raises
+    InputError, which names it as the user has `given` it, when another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise InputError(f"{given or folder} is being written by another run: wait for it or name another folder") from None
+    return descriptor
 
 
 def json_object(text: str) -> dict:

@@ -89,10 +89,10 @@ def load_meta(folder) -> dict:
         raise InputError(f"{folder} holds no prepared data: make it with {command}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         meta = None
     try:
-        whole = {"fingerprint", "vocab_size"} <= meta.keys()
+        whole = "fingerprint" in meta and type(meta["vocab_size"]) is int
         for split in (split for splits in meta["phases"].values() for split in splits.values()):
             whole = whole and all(isinstance(name, str) for name in split["shards"])
     except (AttributeError, KeyError, TypeError):

@@ -150,6 +150,8 @@ def pretrained_teacher(folder: Path, name: str, device, batch_size: int) -> Loca
     check_tokenizer(folder, tokenizer, model.config.vocab_size)
     ends = generation.get("eos_token_id", main.get("eos_token_id")) or tokenizer.token_to_id("<|im_end|>")
     stop_ids = ends if isinstance(ends, list) else [ends]
+    if not all(type(token) is int for token in stop_ids):
+        raise InputError(f"{folder}/generation_config.json: eos_token_id is {ends}, expected a number or a list: download it again")
     return LocalTeacher(model.to(device).eval(), tokenizer, stop_ids, name, batch_size, instruct_ids)
 
 
@@ -160,7 +162,7 @@ def hub_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
 
 
-def open_teacher(teacher: str, device, batch_size: int, server_model: str | None, concurrency: int, more: dict | None):
+def open_teacher(teacher: str, device, batch_size: int, server_model: str | None, concurrency: int, more: dict | None = None):
     """What --teacher means, ready to answer: http(s)://.../v1, a Hugging Face folder, a checkpoint or run folder, or a hub id."""
     if teacher.lower().startswith(("http://", "https://")):
         return ServerTeacher(teacher, server_model, concurrency, more)
@@ -399,6 +401,8 @@ def make_traces(path: Path, teacher, problems: list[Problem], args, say) -> dict
     with appending(path) as file:
         traces = read_traces(path, teacher.name)
         whole = path.read_bytes()
+        if whole and not traces and not whole.startswith(b'{"key": "'):  # not a first line that was cut short either
+            raise InputError(f"{path} is not a file of answers: name another --traces")
         file.truncate(whole.rfind(b"\n") + 1)  # half a line of a run that was killed
         jobs = [Job(problem_key(p.question), k, p.question) for p in problems for k in range(args.samples)]
         missing = [job for job in jobs if cut_short(traces.get((job.key, job.sample)), args.max_new_tokens)]

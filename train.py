@@ -29,11 +29,11 @@ import prepare
 import spikes
 from checkpoint import MODELS, PHASES, find_checkpoint, load_checkpoint, load_weights, save_checkpoint
 from curves import draw_curves, trim_log
-from device import DTYPES, Device, StopNotice, out_of_memory
+from device import DTYPES, Device, StopNotice
 from model import PRESETS
 from muon import build_optimizers, update
-from resume import beginning, check_same, check_start, previous, read_start, start_over
-from scripts import ArgumentParser, InputError, run
+from resume import beginning, check_same, check_start, give_back, let_go, previous, read_start, restoring, start_over
+from scripts import ArgumentParser, InputError, out_of_memory, run
 from shards import Windows, load_tokenizer
 
 
@@ -257,9 +257,9 @@ def model_config(args, vocab_size: int, start: dict | None = None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        with Device(args.device, args.dtype) as device:
+        with Device(args.device, args.dtype) as device, restoring(args.out, device):
             train(args, device, device.say)
-    except RuntimeError as problem:
+    except (RuntimeError, MemoryError) as problem:
         if cause := getattr(problem, "inner_exception", None):  # BackendCompilerFailed, whose module takes seconds to import
             why = str(cause).splitlines()[0]
             raise InputError(f"--compile does not work here ({why}): install a C++ compiler, or leave it out") from problem
@@ -314,6 +314,10 @@ def train(args, device: Device, say):
         raise InputError(f"--out={args.out} holds data of prepare.py: name another folder for the run")
     args.out.mkdir(parents=True, exist_ok=True)
     log, last = args.out / "log.jsonl", args.out / "last.pt"
+    device.claim(args.out)
+    if device.rank == 0:
+        give_back(args.out)
+    device.barrier()
     if args.fresh:
         start_over(args, min(plan), config, tokenizer_json, device)
     device.barrier()
@@ -389,6 +393,8 @@ def train(args, device: Device, say):
                 if not math.isfinite(grad_norm):  # so neither are the weights by now: nothing more is saved
                     why = f"the gradient is {grad_norm:.3g} at step {step}, the loss {losses[-1]:.4g}"
                     raise InputError(f"{why}: start over with --fresh and a lower --lr than {peak_lr}")
+                if device.rank == 0:
+                    let_go(args.out)
             seconds += time.perf_counter() - clock
             total_wall = wall + time.perf_counter() - began
             if log_now:

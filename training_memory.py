@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loss import LOGITS
 from model import PRESETS, Flow, FlowConfig
+from scripts import run
 
 HEADINGS = {
     "weights": "weights", "gradients": "gradients", "muon": "Muon", "adamw": "AdamW", "bf16": "bf16 copies", "activations": "activations",
@@ -89,4 +90,4 @@ def table(presets: Mapping[str, FlowConfig] = PRESETS, batch_size: int = 1, seq_
 
 
 if __name__ == "__main__":
-    print(table())
+    run(lambda: print(table()))

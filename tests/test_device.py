@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 
-from device import Device, choose_device, out_of_memory
-from scripts import InputError
+from device import Device, choose_device
+from scripts import InputError, out_of_memory
 
 FAULTS = """
 import resource, sys, torch

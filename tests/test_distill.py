@@ -371,7 +371,7 @@ def test_impossible_commands(here):
     refused("--problems needs --eval", "--problems=train.jsonl")
     refused("--traces needs --eval", "--traces=t.jsonl")
     refused("--trace asks a --teacher", "--trace")
-    refused("--epochs=0.0 must be positive and finite", *base, "--epochs=0")
+    refused("--epochs=0.0 must be positive and below 1000", *base, "--epochs=0")
     refused("--temperature=0.0 must be", *base, "--temperature=0", "--samples=2")
     refused("--kl_weight=2.0 must be between 0 and 1", *base, "--kl_weight=2")
     refused("--kl_weight=0.5 compares logits", *base, "--kl_weight=0.5")
