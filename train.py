@@ -182,7 +182,8 @@ def start_wandb(args, config, plan: dict):
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Sizes of the model override the preset's: --n_layer=6.")
+    sizes = "The sizes at the end are those of nano, small, base and 1b: --n_layer=6 overrides the preset's."
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0], epilog=sizes)
     parser.add_argument("--model", choices=MODELS, default="flow", help="which network (default: flow)")
     parser.add_argument("--preset", choices=PRESETS, default="nano", help="its size (default: nano)")
     parser.add_argument("--data", type=Path, default=Path("data/builtin"), help="folder made by prepare.py (default: data/builtin)")
@@ -207,14 +208,15 @@ def parse_args(argv=None):
     parser.add_argument("--dtype", choices=DTYPES, help="of matrix products (default: bf16 where the device multiplies it fast)")
     parser.add_argument("--compile", action="store_true", help="torch.compile blocks and loss: faster on a GPU, after half a minute of it")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more arithmetic")
-    parser.add_argument("--fresh", action="store_true", help="start over, from --phase if given: removes the checkpoints")
+    parser.add_argument("--fresh", action="store_true", help="start over, from --phase if given, in place of what is there")
     parser.add_argument("--price", type=float, help="dollars per hour of the machine, to show the cost so far")
     parser.add_argument("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
     fields = [field for _, Config, _ in MODELS.values() for field in dataclasses.fields(Config)]
     sizes = {field.name: field.type for field in fields if field.type in (int, float, str) and field.name != "vocab_size"}
     for name, kind in sizes.items():
         presets = {model: [getattr(config, name, None) for config in presets.values()] for model, (_, _, presets) in MODELS.items()}
-        values = {model: ", ".join(map(str, dict.fromkeys(values))) for model, values in presets.items() if None not in values}
+        values = {model: ", ".join(map(str, values if len(set(values)) > 1 else values[:1])) for model, values in presets.items()
+                  if None not in values}  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, help="; ".join(f"{model.capitalize()} {value}" for model, value in values.items()))
     args = parser.parse_args(argv)
     positive = ("steps", "batch_size", "grad_accum", "seq_len", "lr", "price")
