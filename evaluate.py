@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from checkpoint import MODELS, PHASES, find_checkpoint, load_model
 from device import DTYPES, Device
-from scripts import ArgumentParser, InputError, run, whole_file
+from scripts import ArgumentParser, InputError, out_of_memory, run, whole_file
 from shards import Windows, load_meta, load_tokenizer, token_bytes, tokenizer_fingerprint
 from train import evaluate
 
@@ -97,8 +97,13 @@ def table(args, device: Device):
 
 def main(argv=None):
     args = parse_args(argv)
-    with Device(args.device, args.dtype) as device:
-        table(args, device)
+    try:
+        with Device(args.device, args.dtype) as device:
+            table(args, device)
+    except (RuntimeError, MemoryError) as problem:
+        if out_of_memory(problem):
+            raise InputError("the model or a batch of it does not fit into the memory: lower --batch_size or --seq_len") from problem
+        raise
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ def test_ranks_share_the_batch_of_the_recipe(run, monkeypatch, capsys, ranks):
     monkeypatch.setattr(train, "StopNotice", stop)
     monkeypatch.setattr(device.Device, "__init__", several(ranks))
     monkeypatch.setattr(device.Device, "barrier", lambda self: None)
+    monkeypatch.setattr(device.Device, "claim", lambda self, folder: None)  # nor given up
     monkeypatch.setattr(device.Device, "__exit__", lambda self, *failed: None)
     sizes = [option for option in TINY if not option.startswith("--batch_size")]
     for name in ("small", "base", "1b"):

@@ -427,7 +427,7 @@ def test_a_reader_who_leaves_stops_a_run_as_ctrl_c_does(data, tmp_path):
 def test_a_damaged_log_or_data_folder_is_one_line(finished, data, tmp_path):
     fails("train.py", f"--data={data}", f"--out={data}", *SHORT, match="holds data of prepare.py: name another folder for the run")
     for line in ("garbage}", "{}", "\udcff}"):
-        (tmp_path / "log.jsonl").write_text('{"phase": 1, "step": 5}\n' + line + "\n", errors="surrogateescape")
+        (tmp_path / "log.jsonl").write_text('{"phase": 1, "step": 5, "tokens": 9}\n' + line + "\n", errors="surrogateescape")
         fails("curves.py", tmp_path, match="log.jsonl:2 is no line of a log: remove it")
     shutil.copytree(data, tmp_path / "data")
     begin, foreign = '{"fingerprint": "x", "vocab_size": 400, "phases": ', "meta.json is not a meta.json of prepare.py: make the data again"
