@@ -253,8 +253,6 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
             if not math.isfinite(grad_norm):  # so neither are the weights by now: nothing more is saved
                 why = f"the gradient is {grad_norm:.3g} at step {step}"
                 raise InputError(f"{why}: start over with --fresh and a lower --lr than {peak_lr:.2g}")
-            if device.rank == 0:
-                let_go(args.out)
         seconds += time.perf_counter() - clock
         if log_now:
             (mean_loss,) = device.sum([torch.stack(losses).sum().item() / (step - logged[0])])
@@ -275,6 +273,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
                     tokenizer=source["tokenizer"], settings=settings, data_fingerprint=settings["examples"], phase=PHASE, step=step,
                     tokens=tokens, seconds=seconds, imported=source.get("imported", not source["phase"]),
                 ))  # fmt: skip
+                let_go(args.out)
         if stopping:
             say(f"stopped at step {step:,}; saved in {last}: the same command goes on from there")
             device.barrier()

@@ -88,7 +88,7 @@ def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
     trim_log(args.out / "log.jsonl", phase - 1, 10**9)
 
 
-# What --fresh replaces is removed when the first steps of the new run went well, and put back if they did not.
+# What --fresh replaces is removed when the new run has saved something, and put back if it ends before.
 
 ASIDE = ".before_fresh"
 

@@ -395,8 +395,6 @@ def train(args, device: Device, say):
                 if not math.isfinite(grad_norm):  # so neither are the weights by now: nothing more is saved
                     why = f"the gradient is {grad_norm:.3g} at step {step}, the loss {losses[-1]:.4g}"
                     raise InputError(f"{why}: start over with --fresh and a lower --lr than {peak_lr}")
-                if device.rank == 0:
-                    let_go(args.out)
             seconds += time.perf_counter() - clock
             total_wall = wall + time.perf_counter() - began
             if log_now:
@@ -434,6 +432,8 @@ def train(args, device: Device, say):
                         save_checkpoint(final if ending else last, checkpoint)
                         if ending:
                             last.unlink(missing_ok=True)
+                if device.rank == 0:
+                    let_go(args.out)  # what --fresh has set aside: now there is something in its place
                 del checkpoint
             if stopping:
                 break
