@@ -372,8 +372,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
             raise InputError(f"{out.parent} is full: free some space or choose another --out") from error
         raise
     finally:
-        os.close(lock)
         tidy()
+        os.close(lock)
 
 
 def main(argv=None):

@@ -74,7 +74,7 @@ def open_model(path: Path, args, tokenizer: Tokenizer, windows: dict[int, Window
 def table(args, device: Device):
     tokenizer, windows = open_data(args)
     paths = [find_checkpoint(ckpt, args.model) for ckpt in args.ckpt or [None]]
-    for path in paths:  # all are loaded once before the first figure: a wrong name is found out at once, and memory holds one model
+    for path in paths[1:]:  # loaded once before the first figure: a wrong one is found out at once, and memory holds one model
         open_model(path, args, tokenizer, windows, device)
     device.say(f"{args.data}, validation text, on {device}")
     width = max(len(str(path)) for path in [*paths, "checkpoint"])
