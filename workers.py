@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 from scripts import InputError
 
@@ -37,6 +38,23 @@ def start_worker(setup: Callable | None = None, *arguments):
         setup(*arguments)
 
 
+@contextmanager
+def ctrl_c_afterwards():
+    """Ctrl-C waits for the end of the block: in the middle of a fork Python would print its KeyboardInterrupt and go on as if nothing had
+    been pressed, and a new worker would die of it before start_worker()."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C is the main thread's
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 def ordered_map(function: Callable, items: Iterable, workers: int, *setup) -> Iterator:
     """map() over worker processes, in order, with only a few items under way; without processes for a single item. `setup`, a function
     and its arguments, is called first in every process that maps. Raises InputError if a worker is killed."""
@@ -51,7 +69,8 @@ def ordered_map(function: Callable, items: Iterable, workers: int, *setup) -> It
         pending = deque()
         try:
             for item in itertools.chain(ahead, items):
-                pending.append(pool.submit(function, item))
+                with ctrl_c_afterwards():  # the first item starts the workers
+                    pending.append(pool.submit(function, item))
                 if len(pending) > workers + 2:
                     yield pending.popleft().result()
             while pending:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -412,12 +413,25 @@ def test_a_file_name_that_is_not_utf8(tmp_path):
     assert result.returncode == 0 and r"caf\udce9.txt" in result.stdout, result.stderr
 
 
-def test_ctrl_c_while_the_builtin_corpus_is_read(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "prepare.py"], cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
-    time.sleep(3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers too
-    assert process.communicate(timeout=60)[1].decode() == "interrupted\n" and process.returncode == 130
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the moments are told apart by forks")
+@pytest.mark.parametrize("moment", ["while a worker is started", "while the workers work"])
+def test_ctrl_c_while_the_builtin_corpus_is_read(tmp_path, moment):
+    (tmp_path / "run.py").write_text(f"""
+import os, signal, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import prepare, scripts
+press = lambda: os.killpg(0, signal.SIGINT)  # as a terminal does, to the workers too
+forks = []
+def after_fork():
+    forks.append(True)
+    if len(forks) == 2:
+        threading.Timer(2, press).start() if {moment.endswith("work")} else press()
+os.register_at_fork(after_in_parent=after_fork)
+scripts.run(prepare.main)
+""")
+    process = subprocess.run([sys.executable, "run.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    assert process.stderr == "interrupted\n" and process.returncode == 130
     assert not list(tmp_path.glob("data/*"))
 
 
