@@ -112,6 +112,8 @@ class Device:
 
     def __init__(self, name: str | None, dtype: str | None = None):
         self.ranks, self.rank = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
+        if self.ranks > 1 and "RANK" not in os.environ:
+            raise InputError(f"WORLD_SIZE is {self.ranks}, but RANK is not set: start with torchrun, or unset WORLD_SIZE")
         self.claimed: int | None = None  # the folder that this process alone may write
         self.torch = choose_device(name)
         self.dtype = DTYPES[dtype or ("bf16" if has_bf16(self.torch) else "fp32")]

@@ -153,15 +153,18 @@ def main():
     if not 0 <= args.temperature < np.inf or args.max_new_tokens < 1:
         parser.error("--temperature must be 0 or more and --max_new_tokens at least 1")
     folder = Path(__file__).resolve().parent
-    contract = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        contract = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        embeddings = np.fromfile(folder / "embeddings.bin", np.float16).reshape(contract["embeddings"])
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as problem:  # the tokenizers library raises nothing more exact
+        parser.error(f"{folder} is not a whole folder of convert.py ({problem}): copy it again, or convert again")
     if args.placement:
         return placement(folder, contract)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode(args.prompt, add_special_tokens=False).ids]
     context = contract["context"] or np.inf
     if len(ids) > context:
         parser.error(f"the prompt has {len(ids):,} tokens, the packages read {context:,} in all: shorten it")
-    embeddings = np.fromfile(folder / "embeddings.bin", np.float16).reshape(contract["embeddings"])
     host = Host(contract, embeddings, coreml(folder, contract))
     new = min(args.max_new_tokens, context - len(ids) + 1)  # the last token is not read any more
     written, shown = [], ""

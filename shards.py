@@ -121,8 +121,8 @@ class Windows:
     """The token shards of one phase and split, cut into windows of seq_len + 1 tokens."""
 
     def __init__(self, folder: Path, phase: int, split: str, seq_len: int, vocab_size: int, fingerprint: int):
-        paths = shard_paths(folder, phase, split)
-        self.seq_len = seq_len
+        paths = self.paths = shard_paths(folder, phase, split)
+        self.seq_len, self.vocab_size = seq_len, vocab_size
         self.shards = [read_shard(path, vocab_size, fingerprint)[1] for path in paths]
         self.counts = [(len(shard) - 1) // seq_len for shard in self.shards]
         self.n_tokens, self.n_windows = sum(map(len, self.shards)), sum(self.counts)
@@ -135,11 +135,15 @@ class Windows:
         self.firsts = np.cumsum([0, *self.counts])  # number of the first window of each shard
 
     def read(self, window: int, offset: int = 0) -> np.ndarray:
-        """The seq_len + 1 tokens of a window, the grid of windows being moved by `offset` tokens."""
+        """The seq_len + 1 tokens of a window, the grid of windows being moved by `offset` tokens. Raises InputError where a shard is
+        damaged, so that the embedding is never asked for a row that it does not have."""
         s = int(np.searchsorted(self.firsts, window, side="right")) - 1
         start = offset + int(window - self.firsts[s]) * self.seq_len
         start = min(start, len(self.shards[s]) - self.seq_len - 1)
-        return self.shards[s][start : start + self.seq_len + 1]
+        tokens = self.shards[s][start : start + self.seq_len + 1]
+        if tokens.max() >= self.vocab_size:
+            raise InputError(f"{self.paths[s]} is damaged: token {tokens.max()} of {self.vocab_size}: make the data again with prepare.py")
+        return tokens
 
     def batch(self, seed: int, phase: int, first: int, count: int) -> np.ndarray:
         """Training examples first to first + count of the endless sequence that (seed, phase) determine: [count, seq_len + 1]"""

@@ -3,6 +3,7 @@ for put back in, and what bad input gets. No Mac is needed: mil_numpy.py runs th
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -453,6 +454,10 @@ def test_the_script_as_a_user_runs_it(runs, tmp_path):
     for option, message in (("--temperature=-1", "must be 0 or more"), (f"--prompt={'x' * 999}", "the prompt has 1,000 tokens")):
         done = subprocess.run([*command[:-1], option], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 2 and message in done.stderr
+    for name in ("embeddings.bin", "tokenizer.json", "config.json"):
+        os.truncate(tmp_path / "made" / name, 100)
+        done = subprocess.run(command[:-1], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 2 and "is not a whole folder of convert.py" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_broken_checkpoint_and_a_full_disk(runs, tmp_path, monkeypatch):

@@ -38,6 +38,14 @@ def test_memory_of_freed_tensors_is_used_again():
         faults[way] = int(run.stdout)
     assert faults["kept"] < faults["returned"] / 10
 
+
+def test_a_number_of_ranks_without_a_rank_is_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK is not set: start with torchrun"):
+        Device("cpu")
+
+
 def test_several_processes_do_not_take_apple_s_gpu(monkeypatch):
     """torch.distributed has no collectives for it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

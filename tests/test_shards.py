@@ -1,5 +1,7 @@
 """shards.py: what is written is read again, and what is no shard, or one of other data, is refused."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -30,3 +32,15 @@ def test_shards_are_checked_on_reading(tmp_path, monkeypatch):
         shards.load_meta("nowhere")
     with pytest.raises(InputError, match="with python prepare.py$"):
         shards.load_meta("data/builtin")
+
+
+def test_a_token_that_the_vocabulary_does_not_have_is_refused(tmp_path):
+    tokens = np.arange(100, dtype=np.uint16)
+    tokens[50] = 65535  # a damaged block
+    shards.write_shard(tmp_path / "a.bin", tokens, 320, 100, 7)
+    phases = {"1": {"train": {"shards": ["a.bin"]}}}
+    (tmp_path / "meta.json").write_text(json.dumps({"fingerprint": "x", "vocab_size": 320, "phases": phases}))
+    windows = shards.Windows(tmp_path, 1, "train", 10, 320, 7)
+    assert windows.read(3).tolist() == list(range(30, 41))
+    with pytest.raises(InputError, match="a.bin is damaged: token 65535 of 320: make the data again"):
+        windows.read(4)  # its last token, the target, is the damaged one
