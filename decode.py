@@ -13,7 +13,6 @@ B batch, H query heads, K key/value heads, D = head_dim, C = d_model, S keys see
 
 import functools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +88,7 @@ class Decoder:
         # rms_norm(x) = sqrt(C) x / sqrt(|x|² + C eps): three calls where torch's makes eight. sqrt(C) is part of the gains; in the
         # queries' it cancels with the scale of the scores, 1 / sqrt(D).
         self.eps_C, self.eps_D = (torch.tensor((n * c.norm_eps) ** 0.5, device=device) for n in (C, D))
-        self.attend = partial(F.scaled_dot_product_attention, scale=1.0) if device.type == "cpu" else plain_attention
+        self.attend = functools.partial(F.scaled_dot_product_attention, scale=1.0) if device.type == "cpu" else plain_attention
         self.embedding, self.layers = model.token_embedding.weight.detach(), []
         for block in model.layers:
             attn, mlp = block.attn, block.mlp

@@ -1,7 +1,7 @@
 """What the neurons of Pulse compute for a whole sequence at once: input currents, leaking membranes, spikes, each with its gradient.
 
-The gradients are written by hand. Firing has none, so a surrogate takes its place. Those of the others autograd could find, but on a
-CPU the passes over memory that it would take, not the matrix products, are what training a small Pulse would spend its time on.
+The gradients are written by hand. Firing has none, so a surrogate takes its place. Autograd could find the others, but on a CPU a
+small Pulse would then spend most of its training on passes over memory, not on matrix products.
 
 B batch, T tokens, N neurons of a layer.
 """

@@ -168,9 +168,9 @@ def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def chunks_of_queries(T: int, window: int | None, size: int, device) -> list[tuple[int, int, int, Tensor]]:
-    """[(i, j, lo, mask [j - i, j - lo])]: queries i to j look at keys lo to j, so that neither the future nor a lost past is computed.
+    """[(i, j, lo, mask [j - i, j - lo])]: queries i to j look at keys lo to j, and the mask leaves out what is not theirs.
 
-    lo is a multiple of 32, as the matrix units of CPUs like it.
+    So of the future and of a lost past no more than a chunk's worth is computed. lo is a multiple of 32, as CPUs' matrix units like it.
     """
     pos, chunks = torch.arange(T, device=device), []
     for i in range(0, T, size):
@@ -413,7 +413,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):
-        values, kept = logits.topk(top_k)  # not all that are as large as the k-th: logits in bf16 are often equal
+        values, kept = logits.topk(top_k)  # by index: all that reach the k-th would be more than k, as logits in bf16 are often equal
         logits = torch.full_like(logits, -math.inf).scatter_(1, kept, values)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:  # nucleus sampling (arXiv:1904.09751): the fewest tokens whose probabilities reach top_p
@@ -424,7 +424,10 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
 
 
 def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """logits [B, V] where those of the tokens in `seen` (bool [B, V]) are divided by the penalty if positive, multiplied if negative."""
+    """logits [B, V] where those of the tokens in `seen` (bool [B, V]) are divided by the penalty if positive, multiplied if negative.
+
+    The paper (see generate) divides all, which makes a token with a negative logit likelier; this form is that of transformers.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a penalty of 1.01 is within the rounding of bf16
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -446,11 +449,13 @@ def generate(
     shortest has, then the longer ones go on being read token by token while the others already answer, so that every row
     gets exactly what it would get alone. A row yields -1 while its prompt is read and after one of `stop_ids`.
     `repetition_penalty` (arXiv:1909.05858, 4.1; 1.2 there, 1 is off) makes a row's own tokens, its prompt's too, less likely. Raises
-    ValueError for a prompt without tokens and a penalty out of range.
+    ValueError for a prompt without tokens and for a value out of range.
     """
     prompts = [list(map(int, row)) for row in idx]
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and each at least one token")
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"temperature={temperature} must be 0 or more, top_k={top_k} 1 or more, top_p={top_p} above 0 to 1 (None is off)")
     if not 1 <= repetition_penalty <= MAX_PENALTY:
         raise ValueError(f"repetition_penalty={repetition_penalty} must be 1 (off) to {MAX_PENALTY}")
     device = next(model.parameters()).device

@@ -32,9 +32,9 @@ def orthogonalise(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The orthogonal factor U Vᵀ of each matrix of G = U S Vᵀ, approximately.
 
     G [..., R, C] of any float type -> [..., R, C] of `dtype`, in which the products are computed. Singular values above 1/310 of the
-    largest end between 0.65 and 1.13; smaller ones are lifted as far as they come. The iteration is stable in bf16,
-    whose rounding lifts some singular values to 1.2; fp32 is for hardware that has no bf16 products and only imitates them. A zero
-    matrix stays zero.
+    bound below, which is the largest of them to about twice that (the more are alike, the higher), end between 0.65 and 1.13; smaller
+    ones are lifted as far as they come. The iteration is stable in bf16, whose rounding lifts some singular values to 1.2; fp32 is for
+    hardware that has no bf16 products and only imitates them. A zero matrix stays zero.
     """
     X = G.reshape(-1, *G.shape[-2:])
     tall = X.size(-2) > X.size(-1)

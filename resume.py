@@ -1,5 +1,5 @@
-"""From what a phase of train.py begins: its own last checkpoint, the phase before, another run (--init), or new weights; and when it
-cannot. A run's folder holds phase{1,2,3}.pt of what is finished and last.pt of what is not.
+"""What a phase of train.py begins from: its own last checkpoint, the phase before, another run (--init) or new weights; and when it is
+refused. A run's folder holds phase{1,2,3}.pt of what is finished and last.pt of what is not.
 """
 
 import contextlib
@@ -40,15 +40,16 @@ def check_same(path: Path, theirs: dict, ours: dict):
 
 
 def beginning(args, phase: int) -> Path | None:
-    """What this command's first phase starts from: --init, the phase before in --out, or None for new weights. InputError if it cannot."""
+    """What this command's first phase starts from: the phase before in --out, --init, or None for new weights. InputError if it cannot."""
     before, init = args.out / f"phase{phase - 1}.pt", args.init and find_checkpoint(args.init)
     if init and init.resolve().parent == args.out.resolve():
         raise InputError(f"--init={args.init} lies in --out={args.out}, which a run of its own needs: name another --out")
-    if args.init and before.exists():
-        raise InputError(f"--init={args.init} is for a run's first weights, and {before} is there: name another --out or leave it out")
+    if before.exists() and (theirs := load_checkpoint(before)["settings"].get("init")) != args.init:
+        began = f"--init={theirs}: give that too" if theirs else "new weights: leave --init out"
+        raise InputError(f"{before} is there, of a run that began from {began}, or name another --out")
     if phase == 3 and args.quieten and not args.init and not before.exists():
         raise InputError(f"--quieten={args.quieten} is for a trained Pulse, and {args.out} holds no phase2.pt: train --phase=2 first")
-    return init or (before if before.exists() else None)
+    return before if before.exists() else init
 
 
 def read_start(path: Path) -> dict:
@@ -63,7 +64,9 @@ def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str,
     """Raise InputError when a phase cannot go on from a checkpoint with this network and these data."""
     if checkpoint["tokenizer"] != tokenizer_json:
         raise InputError(f"{path} was trained with another tokenizer than that of {args.data}: use its data or another --out")
-    check_same(path, {"model": checkpoint["model"], **checkpoint["config"]}, {"model": args.model, **dataclasses.asdict(config)})
+    sizes = {"model": args.model, **dataclasses.asdict(config)}
+    sizes.pop("max_seq_len", None)  # no weight depends on it: a phase may have longer windows than those before
+    check_same(path, {"model": checkpoint["model"], **checkpoint["config"]}, sizes)
     if "optimizer" not in checkpoint and not weights_only:
         raise InputError(f"{path} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
 
@@ -73,7 +76,7 @@ def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
     nothing, when the phase could not begin again."""
     last = args.out / "last.pt"
     if start := beginning(args, phase):
-        check_start(start, read_start(start), args, config, tokenizer_json, bool(args.init))
+        check_start(start, read_start(start), args, config, tokenizer_json, start.parent != args.out)
     device.barrier()  # the others look at the same files
     if device.rank != 0:
         return

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from scripts import InputError
 
 MAGIC, VERSION, HEADER = 20260208, 1, 256
+END = 0  # <|endoftext|>, the first special token of every tokenizer, stands after each document
 
 
 def tokenizer_fingerprint(tokenizer_json: str) -> int:
@@ -176,7 +177,7 @@ class ShardWriter:
             data = part.astype("<u2").tobytes()
             self.file.write(data)
             self.digest.update(data)
-            for name, n in (("documents", (part == 0).sum()), ("bytes", self.bytes_of[part].sum()), ("tokens", len(part))):
+            for name, n in (("documents", (part == END).sum()), ("bytes", self.bytes_of[part].sum()), ("tokens", len(part))):
                 self.count[name] += int(n)
                 self.total[name] += int(n)
             if self.count["tokens"] == self.limit:

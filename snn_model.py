@@ -132,13 +132,14 @@ class Neuron(snntorch.Leaky):
 
         I_t = x_t / rms(x_t) * gain + bias        U_t = beta_t U_{t-1} + (1 - beta_t) I_t        spikes_t = fire(U_t)
 
-    The membrane moves towards its input current, by 1 - beta of the way: whatever beta is, it cannot saturate by adding up. It is
-    not reset by firing within a sequence. The time constant, beta = 1 - 1 / tau, is learned for each neuron, or chosen token by
-    token by a second input g, the gate: beta_t = sigmoid(g_t / rms(g_t) * gate_gain + logit(beta)). A membrane can then let go of
-    the past in one token, or hold what it has while thirty pass. With `tau` [N] = None nothing lasts from token to token.
-    With `square` the current is relu(I)², as in arXiv:2109.08668: a neuron then computes with products of its inputs. With a
-    `rheobase`, the least current that drives a neuron, spikes_t = fire(U_t - rheobase), signed: sign(U_t) fire(|U_t| - rheobase).
-    Without `normed` the current is x_t * gain + bias. `fine`: how many of its steps are one of the others (see encoder).
+    The membrane moves towards its input current, by 1 - beta of the way: whatever beta is, it cannot saturate by adding up.
+    Firing leaves it as it is from token to token; only inside fire() is it counted down, to find the number of spikes. The time
+    constant, beta = 1 - 1 / tau, is learned for each neuron, or chosen token by token by a second input g, the gate:
+    beta_t = sigmoid(g_t / rms(g_t) * gate_gain + logit(beta)). A membrane can then let go of the past in one token, or hold what it
+    has while thirty pass. With `tau` [N] = None nothing lasts from token to token. With `square` the current is relu(I)², as in
+    arXiv:2109.08668: a neuron then computes with products of its inputs. With a `rheobase` a membrane has to be that far above the
+    threshold before it fires: spikes_t = fire(U_t - rheobase), signed: sign(U_t) fire(|U_t| - rheobase). Without `normed` the current
+    is x_t * gain + bias. `fine`: how many of its steps are one of the others (see encoder).
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class Neuron(snntorch.Leaky):
 def encoder(config: PulseConfig, gain: float | None = None, fine: float = 1.0) -> Neuron:
     """Neurons that turn real numbers [B, T, C] into counts. The higher their rheobase, the harder they are driven, but for the head.
 
-    With `fine` they count the same currents in steps as much finer, and leave more of them silent, up to twice as many thresholds.
+    With `fine` they count the same currents in steps as much finer, and leave more of them silent: their rheobase is up to twice as high.
     The gradient is blurred over the same currents as without, and a spike has the same price for what it is worth.
     """
     least = (THRESHOLD + config.rheobase * min(fine, 2.0)) * fine
@@ -208,7 +209,7 @@ def time_constants(n: int, longest: float) -> Tensor:
 def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Spikes that arrive some tokens late (axonal delay), equal parts of the N fibres by as many as `tokens` says.
 
-    s [B, T, N], late [B, D, N] = what the D tokens before sent, D the longest delay -> what arrives [B, T, N] and the new `late`.
+    s [B, T, N], late [B, M, N] = what the M tokens before sent, M the longest delay -> what arrives [B, T, N] and the new `late`.
     """
     T, longest = s.size(1), late.size(1)
     sent = torch.cat([late.to(s.dtype), s], 1)
@@ -376,8 +377,9 @@ class Pulse(nn.Module):
         """
         if state is not None and state.batch_size != idx.size(0):
             raise ValueError(f"the state holds {state.batch_size} sequences, the input {idx.size(0)}: make one with init_state")
-        synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in self.fan_outs())
-        for neuron, fan_out in self.fan_outs():
+        pairs = self.fan_outs()
+        synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in pairs)
+        for neuron, fan_out in pairs:
             neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel() * neuron.fine) if self.training else 0.0
         states = self.empty_states(idx.size(0)) if state is None else state.layers
         if state is not None and not torch.is_grad_enabled():
@@ -403,7 +405,8 @@ class Pulse(nn.Module):
         return None, self.cross_entropy(s.flatten(0, 1), self.lm_head.weight.to(s.dtype), targets.flatten())
 
     def fan_outs(self) -> list[tuple[Neuron, int]]:
-        """The neurons that feed matrices, those of the memories too, and how many synapses each of their spikes reaches."""
+        """The neurons that feed matrices, those of the memories too, and how many synapses each of their spikes reaches. Not memory.v:
+        its spikes are what is written, they reach no matrix and have no price."""
         C, N, H, pairs = self.config.d_model, self.config.d_hidden, self.config.n_head, [(self.out, self.config.vocab_size)]
         gated, apart = self.config.is_gated(), self.config.gates_apart()
         for block in self.layers:

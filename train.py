@@ -41,7 +41,7 @@ from shards import Windows, load_tokenizer
 class Recipe:
     """What a preset is trained with unless options say otherwise."""
 
-    micro_step_tokens: tuple[int, int, int]  # batch_size * seq_len of one process in phases 1, 2, 3
+    micro_step_tokens: tuple[int, int, int]  # batch_size * seq_len in phases 1, 2, 3 of a process alone; several share them
     grad_accum: int
     steps: tuple[int, int, int]  # optimizer steps of the phases
     lr: tuple[float, float, float]  # their peaks
@@ -60,12 +60,12 @@ RECIPES = {
 RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So nano spends less than a sixth of Flow's energy
 SHORTEN = 0.25  # of Pulse: what is left at the start of phase 2 of the matrices of which only the direction matters
 WARMUP = 0.02  # of a phase's steps
-FINAL_LR = 0.05  # of the peak, at the end of a phase
+FINAL_LR = 0.05  # of the peak: what the cosine would reach one step after a phase's last
 CHINCHILLA = 20  # tokens per parameter that use a training budget best (arXiv:2203.15556)
 
 
 def lr_at(step: int, steps: int, peak: float) -> float:
-    """The learning rate of a step of a phase: linear warm-up, then a cosine from the peak to FINAL_LR of it."""
+    """The learning rate of a step of a phase: linear warm-up, then a cosine from the peak towards FINAL_LR of it."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -135,7 +135,8 @@ def start_phase(args, phase: int, is_first: bool, config, tokenizer_json: str, s
         why = f"{args.out}/phase{later[0]}.pt was trained without a phase {phase}"
         raise InputError(f"{why}: remove it with --fresh --phase={phase}, or name another --out")
     begins = is_first and not same_phase
-    origin, weights_only = beginning(args, phase) if begins else origin, bool(begins and args.init)  # of another run nothing else
+    origin = beginning(args, phase) if begins else origin
+    weights_only = origin is not None and origin.parent != args.out  # of another run (--init) nothing else
     if origin:
         checkpoint = read_start(origin)
         if same_phase:
@@ -247,6 +248,7 @@ def model_config(args, vocab_size: int, start: dict | None = None):
         if start["model"] != args.model:
             raise InputError(f"--init={args.init} holds a {start['model']}: give --model={start['model']}, or other first weights")
         base = Config(**start["config"])
+        vocab_size = max(vocab_size, base.vocab_size)  # an embedding from elsewhere may have rows without a token
     foreign = args.sizes.keys() - {f.name for f in dataclasses.fields(Config)}
     if foreign:
         raise InputError(f"--{sorted(foreign)[0]} is not a size of --model={args.model}: leave it out")
@@ -301,7 +303,7 @@ def train(args, device: Device, say):
         batch_size, grad_accum = args.batch_size or max(1, batch_size), args.grad_accum or grad_accum
         plan[phase] = (seq_len, batch_size, grad_accum, args.steps or recipe.steps[phase - 1])
         splits = ("train", "val")
-        windows[phase] = {split: Windows(args.data, phase, split, seq_len, config.vocab_size, fingerprint) for split in splits}
+        windows[phase] = {split: Windows(args.data, phase, split, seq_len, meta["vocab_size"], fingerprint) for split in splits}
         if seq_len > limit:
             raise InputError(f"phase {phase} has windows of {seq_len:,} tokens, the model reads {limit:,}: add --max_seq_len={seq_len}")
     planned = sum(seq_len * batch_size * accum * steps * device.ranks for seq_len, batch_size, accum, steps in plan.values())
@@ -337,8 +339,8 @@ def train(args, device: Device, say):
         peak_lr = args.lr or recipe.lr[phase - 1]
         settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
+        settings["init"] = args.init
         rate_penalty = RATE_PENALTY if args.rate_penalty is None else args.rate_penalty
-        settings |= {"init": args.init} if args.init else {}
         settings |= {"rate_penalty": rate_penalty} if args.model == "pulse" else {}
         settings |= {"shorten": args.shorten} if args.model == "pulse" and phase == 2 else {}
         settings |= {"quieten": args.quieten} if args.model == "pulse" and phase == 3 else {}
@@ -367,7 +369,7 @@ def train(args, device: Device, say):
         # The loop: learning rate, micro-steps, update, log, evaluate, save.
         model.train()
         losses, logged, began = [], (step, seconds), time.perf_counter()
-        if step == 0 and args.init and phase == min(plan):  # what there was before
+        if args.init and tokens == 0:  # what there was before
             figures = report(model, data["val"], token_bytes, batch_size, args, device, say, f"phase {phase} step     0/{steps:,}")
             record(step=0, phase=phase, tokens=tokens, seconds=round(seconds, 3), **figures)
         stop.restart()
@@ -445,6 +447,7 @@ def train(args, device: Device, say):
             raise SystemExit(130)
         device.barrier()
         say(f"phase {phase} took {time.perf_counter() - began:.0f} s, evaluation included; weights in {final}")
+    stop.close()
     if tracker:
         tracker.finish()
     say(f"\nnext: python sample.py --ckpt={shlex.quote(str(args.out))}")

@@ -160,8 +160,6 @@ def test_a_run_can_start_from_another_s_weights(run, finished, tmp_path):
     save_checkpoint(elsewhere, began)
     with pytest.raises(InputError, match="phase1.pt was trained with other settings .init is .* there, .*elsewhere.pt here"):
         run(f"--init={elsewhere}", "--phase=1", "--steps=2", "--lr=1e-12", "--weight_decay=0")
-    with pytest.raises(InputError, match="is for a run's first weights, and .*phase1.pt is there: name another --out or leave it out"):
-        run(f"--init={finished}", "--phase=2", "--steps=2")
     del first["optimizer"]
     save_checkpoint(tmp_path / "run/phase1.pt", first)
     with pytest.raises(InputError, match="phase1.pt is a copy for sampling"):
@@ -172,6 +170,26 @@ def test_a_run_can_start_from_another_s_weights(run, finished, tmp_path):
         run("--init=nowhere", out="other")
     with pytest.raises(InputError, match="holds a flow: give --model=flow, or other first weights"):
         run(f"--init={finished}", sizes=PULSE, out="spiking")
+
+
+def test_a_run_from_another_s_weights_goes_on_phase_by_phase(run, finished, tmp_path):
+    """Given with every phase, --init is what the run began from; the weights of a later phase are those of the phase before."""
+    options = [option for option in TINY if option not in SIZES]
+    longer = "--max_seq_len=4096"  # as a later phase may want
+    run(f"--init={finished}", "--phase=1", "--steps=2", sizes=options)
+    log = run(f"--init={finished}", "--phase=2", "--steps=1", longer, "--lr=1e-12", "--weight_decay=0", sizes=options)
+    one, two = (load_checkpoint(tmp_path / f"run/phase{n}.pt") for n in (1, 2))
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=1e-5, atol=1e-9)
+    assert [line["step"] for line in log if line["phase"] == 2] == [1, 1] and two["tokens"] > one["tokens"]
+    assert two["config"]["max_seq_len"] == 4096
+    with pytest.raises(InputError, match="phase2.pt is there, of a run that began from --init=.*: give that too, or name another --out"):
+        run("--phase=3", "--steps=1")
+    with pytest.raises(InputError, match="phase1.pt was trained with other settings .init is .* there, None here"):
+        run("--phase=1", "--steps=2")
+    run("--phase=1", "--steps=1", out="new")
+    with pytest.raises(InputError, match="phase1.pt is there, of a run that began from new weights: leave --init out, or name another"):
+        run(f"--init={finished}", "--phase=2", "--steps=2", out="new")
 
 
 def test_first_weights_bring_their_sizes_along(run, finished, tmp_path):
@@ -190,7 +208,25 @@ def test_first_weights_from_a_hugging_face_folder(run, finished, tmp_path):
         torch.testing.assert_close(first["weights"][name], weight, rtol=1e-5, atol=1e-9)
     assert first["imported"] and not load_checkpoint(finished / "phase3.pt")["imported"]
     convert.main([f"--ckpt={tmp_path / 'run'}", "--to=hf", f"--out={tmp_path / 'again'}"])
+    run(f"--init={tmp_path / 'hf'}", "--phase=2", "--steps=1", sizes=options)
+    assert load_checkpoint(tmp_path / "run/phase2.pt")["imported"]
     assert "license" not in (tmp_path / "again/README.md").read_text() and "license: mit" in (tmp_path / "hf/README.md").read_text()
+
+
+def test_first_weights_with_rows_that_have_no_token(run, finished, tmp_path):
+    """As in many models from elsewhere, whose embeddings are padded to a round number."""
+    checkpoint = load_checkpoint(finished / "phase3.pt")
+    rows, config = checkpoint["config"]["vocab_size"] + 16, checkpoint["config"]
+    for name in [n for n, w in checkpoint["weights"].items() if len(w) == config["vocab_size"]]:
+        checkpoint["weights"][name] = torch.cat([checkpoint["weights"][name], torch.zeros(16, config["d_model"])])
+    save_checkpoint(tmp_path / "padded.pt", checkpoint | {"config": config | {"vocab_size": rows}})
+    log = run(f"--init={tmp_path / 'padded.pt'}", "--phase=1", "--steps=1")
+    assert load_checkpoint(tmp_path / "run/phase1.pt")["config"]["vocab_size"] == rows and log[-1]["val_loss"] < math.log(rows)
+
+
+def test_afterwards_ctrl_c_is_python_s_again(run):
+    run("--phase=1", "--steps=1")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_first_weights_that_the_run_would_remove_are_refused(run, tmp_path):

@@ -448,6 +448,12 @@ def test_repetition_penalties_out_of_range_are_refused(penalty):
         next(generate(make(), [[1]], 3, repetition_penalty=penalty))
 
 
+@pytest.mark.parametrize("options", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_values_that_no_distribution_has_are_refused(options):
+    with pytest.raises(ValueError, match="temperature=.* must be 0 or more, top_k=.* 1 or more, top_p=.* above 0 to 1"):
+        next(generate(make(), [[1]], 3, **options))
+
+
 def test_sampling_follows_the_distribution_it_is_told():
     torch.manual_seed(0)
     probs = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])

@@ -408,7 +408,7 @@ def test_fresh_removes_nothing_when_the_phase_cannot_start(finished, data, tmp_p
         print_of = prepare.tokenizer_fingerprint(tokenizer)
         prepare.write_shard(tmp_path / "other" / name, tokens, header["vocab_size"], header["n_bytes"], print_of)
     fails(command[0], f"--data={tmp_path / 'other'}", *command[2:], match="phase2.pt was trained with another tokenizer than that of")
-    fails(*command, f"--init={finished}", match="phase2.pt is there: name another --out or leave it out")
+    fails(*command, f"--init={finished}", match="phase2.pt is there, of a run that began from new weights: leave --init out, or name")
     fails(*command[:3], "--phase=1", *command[4:], "--init=nowhere", match="nowhere holds no checkpoint yet")
     assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "run").iterdir()} == before
 
