@@ -214,12 +214,13 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
 
 
-def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
+def clean_chunk(documents: list[tuple[int, str | list[dict]]], keep_odd: bool = False) -> Cleaned:
     """Clean and judge (label, text or question-answer pairs) documents and compute the keys that copies share.
 
     Chats are compared exactly and not judged for repetition: two problems that differ in one number are two problems,
     and worked solutions repeat their phrases. `side`, which decides the split, is the hash of the text, of a chat that of its first
-    question: several answers to one question are on one side, whatever system turn stands before it.
+    question: several answers to one question are on one side, whatever system turn stands before it. With `keep_odd` no text is
+    dropped because it looks like none or repeats itself.
     """
     texts, rows, specials = [], [], 0
     tally = np.zeros((len(FATES), 2), np.int64)
@@ -245,8 +246,8 @@ def clean_chunk(documents: list[tuple[int, str | list[dict]]]) -> Cleaned:
 
     hashes, owner, is_text = shingles(texts)
     chat = index["chat"] > 0
-    broken = ~is_text & ~chat
-    repetitive = ~broken & ~chat & (repeated_share(hashes, owner, len(texts)) > MAX_REPEATED)
+    broken = ~is_text & ~chat & (not keep_odd)
+    repetitive = ~broken & ~chat & (not keep_odd) & (repeated_share(hashes, owner, len(texts)) > MAX_REPEATED)
     for fate, drop in ((BROKEN, broken), (REPETITIVE, repetitive)):
         tally[fate] += (drop.sum(), index["n_bytes"][drop].sum(dtype=np.int64))
     keep = ~(broken | repetitive)
@@ -398,8 +399,8 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
 
     A cluster is on the same side in all phases: validation if a source says so for one of its documents, training if one
     says that, else by the hash of its first text, of a chat of its first question. A phase in which val_fraction of the
-    documents without a label is less than one document has the last tenth of their text for validation instead, without those
-    that a phase of fewer documents has divided before it.
+    documents without a label is less than one document has the last tenth of their text, or val_fraction if that is more, for
+    validation instead, without those that a phase of fewer documents has divided before it.
     """
     root, exact = spool.clusters()
     n = spool.n
@@ -412,6 +413,9 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
         labelled[root[block][rows["label"] != UNLABELLED]] = True
     is_val |= below & ~labelled
     barred = of_cluster(is_val, root) & (label == TRAIN)  # training text that is also validation text
+    asked = np.unique(np.concatenate([rows["side"][rows["label"] == VAL] for _, rows in spool.rows(0, n)] or [np.empty(0, "u8")]))
+    for first, rows in spool.rows(0, n):  # or another answer to a question of it
+        barred[first : first + len(rows)] |= (rows["label"] == TRAIN) & np.isin(rows["side"], asked)
     free = of_cluster(~labelled, root)
     del label, below, labelled  # a byte per document each
     kept, cut = {}, {}
@@ -423,7 +427,7 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
     for phase in sorted(phases, key=lambda phase: int((kept[phase] & free).sum())):
         few, ours = (kept[phase] & free).sum() < 1 / val_fraction, kept[phase] & free & ~of_cluster(divided, root)
         if few and ours.any():
-            for doc, share in cut_last_tenth(spool, ours).items():
+            for doc, share in cut_last(spool, ours, max(0.1, val_fraction)).items():
                 is_val[root[doc]], divided[root[doc]] = share == 0, True
                 if 0 < share < 1:
                     cut[doc] = share
@@ -441,14 +445,14 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
     return Splits({phase: kept.pop(phase) * side for phase in phases}, cut, exact)
 
 
-def cut_last_tenth(spool: Spool, docs: np.ndarray) -> dict[int, float]:
-    """{document: training share} of those where docs is true when the last tenth of their characters is split off.
+def cut_last(spool: Spool, docs: np.ndarray, part: float) -> dict[int, float]:
+    """{document: training share} of those where docs is true when the last `part` of their characters is split off.
 
-    The cut is at int(0.9 * characters), which is where char-rnn and nanoGPT cut tinyshakespeare; chats stay whole.
+    Of a tenth the cut is at int(0.9 * characters), which is where char-rnn and nanoGPT cut tinyshakespeare; chats stay whole.
     """
     rows = np.concatenate([rows[docs[first : first + len(rows)]] for first, rows in spool.rows(0, spool.n)])
     ends = np.cumsum(rows["n_chars"], dtype=np.int64)
-    shares = np.clip((int(0.9 * int(ends[-1])) - ends + rows["n_chars"]) / rows["n_chars"], 0.0, 1.0)
+    shares = np.clip((int((1 - part) * int(ends[-1])) - ends + rows["n_chars"]) / rows["n_chars"], 0.0, 1.0)
     chat = rows["chat"] > 0
     shares[chat] = np.floor(shares[chat])
     shares[chat & np.isin(rows["side"], rows["side"][chat & (shares == 0)])] = 0  # the other answers to those questions

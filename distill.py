@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -385,6 +386,8 @@ def parse_args(argv=None):
         raise InputError(f"--kl_weight={args.kl_weight} must be between 0 and 1")
     if args.trace and (args.evaluate or not args.teacher or not args.samples):
         raise InputError("--trace asks a --teacher for --samples answers and does nothing else: name the teacher, leave --evaluate out")
+    if args.evaluate and (given := [name for name in ("teacher", "problems", "traces") if getattr(args, name)]):
+        raise InputError(f"--evaluate only measures the student: leave --{given[0]} out")
     if args.traces and not args.teacher and args.problems:
         raise InputError("--traces without --teacher holds the questions too: leave --problems out, or name the teacher to ask")
     if args.eval is None and not (args.evaluate or args.trace) and (args.problems or args.traces and not args.teacher):
@@ -396,7 +399,8 @@ def load_problems(name: str, limit: int | None, skip_bad: bool, say) -> list[Pro
     if Path(name).parent == DATA and not Path(name).exists():
         raise InputError(f"{name} does not exist: make it with `python prepare.py`, or name other problems")
     problems, skipped = read_problems(name, skip_bad)
-    say(f"{name}: {len(problems):,} problems" + (f", {skipped:,} bad lines left out" if skipped else ""))
+    first = f", of which the first {limit:,} are taken" if limit is not None and limit < len(problems) else ""
+    say(f"{name}: {len(problems):,} problems{first}" + (f", {skipped:,} bad lines left out" if skipped else ""))
     return problems[:limit]
 
 
@@ -440,7 +444,8 @@ def distill(args, device: Device, say):
     if args.evaluate:
         path = find_checkpoint(args.student)
         if device.rank == 0:
-            evaluate_all(path, path.stem, path.parent, evals, args, device, say)
+            (args.out or path.parent).mkdir(parents=True, exist_ok=True)
+            evaluate_all(path, path.stem, args.out or path.parent, evals, args, device, say)
         return
     student = None if args.trace else find_student(args)
     if student:
@@ -450,11 +455,14 @@ def distill(args, device: Device, say):
     options = (device.torch, args.gen_batch_size, args.teacher_model, args.concurrency, args.teacher_body)
     teacher = teachers.open_teacher(args.teacher, *options) if args.teacher else None
     compared = logit_teacher(args, teacher, student, source) if student else None  # refuses before an answer is paid for
+    if teacher and not args.samples and not compared:
+        raise InputError(f"--samples=0 leaves only the logits of {args.teacher} to learn, and they are not compared: leave --samples out")
 
     if args.traces and not teacher:
         traces = teachers.read_traces(args.traces, None)
         pairs = teachers.chosen_traces(traces, args.keep, say)
-        refuse_leaks(str(args.traces), [str(args.traces)], [trace["question"] for trace in traces.values()], evals)
+        named = [] if args.traces.name.startswith("traces_") else [str(args.traces)]  # else it is the teacher's name, such as out/test
+        refuse_leaks(str(args.traces), named, [trace["question"] for trace in traces.values()], evals)
     else:
         name = args.problems or f"{DATA}/problems_train.jsonl"
         problems = load_problems(name, args.num_problems, args.skip_bad, say)
@@ -467,7 +475,7 @@ def distill(args, device: Device, say):
         else:
             pairs = [(problem.question, problem.answer) for problem in problems]
     if args.trace:
-        say(f"next: python distill.py --traces={path} --eval FILE --student=...")
+        say(f"next: python distill.py --traces={shlex.quote(str(path))} --eval FILE --student=...")
         return
     if not pairs:
         raise InputError("no answer is left to learn from: take a better --teacher, --keep=all, or a larger --max_new_tokens")
@@ -476,7 +484,7 @@ def distill(args, device: Device, say):
     if device.rank == 0:
         for checkpoint, label in ((student, "before"), (args.out / "last.pt", "after")):
             evaluate_all(checkpoint, label, args.out, evals, args, device, say)
-        say(f"next: python sample.py --chat --ckpt={args.out}")
+        say(f"next: python sample.py --chat --ckpt={shlex.quote(str(args.out))}")
 
 
 def main(argv=None):

@@ -28,6 +28,7 @@ GROUPED = r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d|,\d)|\d
 NUMBER = re.compile(SIGN + GROUPED + r"(?: \d+/\d+(?!\d|\.\d)"  # 2 1/2
                     r"|(?:\.\d+)?(?:[eE][-+]?\d+(?!\w)|\s*/\s*\d+(?!\d|\.\d))?)"  # 2.5, 2.5e3, 3/4
                     "|" + SIGN + r"\.\d+|\d+(?:\.\d+)?")  # fmt: skip
+SUM = re.compile(rf"[\d)]\s*[-+*x×·÷−–]\s*[({CURRENCY}]?\s*\d")  # or a product, or whatever two numbers make
 LONGEST_NUMBER = 4000  # characters; Python makes no int of more than 4,300 digits
 FRACTION = re.compile(r" ?\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")  # \frac{3}{4}, \frac34
 # Behind a number, where reasons and checks begin, whose equals signs lead to other numbers.
@@ -39,14 +40,14 @@ PHRASE = re.compile(rf"\banswer\W*(?:is|:|=)\W*?(?=([-−–{CURRENCY}.\d\\].*))
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The first number in a short text: 1,234 or $12.50 or -3 or 3/4 or \\frac{3}{4} or 2 1/2 or 1.5e3; the part behind an equals sign
-    if there is one."""
+    """The first number in a short text: 1,234 or $12.50 or -3 or 3/4 or \\frac{3}{4} or 2 1/2 or 1.5e3; where there are equals signs, that
+    of the last part which is no sum itself: 72 of both 48 + 24 = 72 and 72 = 48 + 24."""
     text = FRACTION.sub(r" \1\2/\3\4", text).replace("{,}", ",").replace("\\$", "$")
     text = re.sub(r"\\[!,;]", "", text)
     text = re.sub(r"\\[a-z]+|\\[()\[\]]|[{}*\\]", " ", text)
     if (first := NUMBER.search(text)) and (aside := ASIDE.search(text, first.end())):
         text = text[: aside.start()]
-    for part in reversed(text.split("=")):
+    for part in sorted(reversed(text.split("=")), key=lambda part: bool(SUM.search(part))):
         if (match := NUMBER.search(part)) and len(match[0]) <= LONGEST_NUMBER:
             found = re.sub(rf"[,{CURRENCY}]", "", match[0].replace("−", "-").replace("–", "-")).strip()
             if re.search(r"[eE][-+]?\d{3}", found):  # more digits than are worth writing out

@@ -15,6 +15,7 @@ interrupted run changes nothing.
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -167,7 +168,8 @@ def encode(texts: Iterable[str], tokenizer_json: str) -> Iterator[np.ndarray]:
 
 # ---- where the result goes ----
 
-OURS = re.compile(r"tokenizer\.json|meta\.json|phase[123]_(train|val)_\d{5}\.bin|problems_(train|val|test)\.jsonl")
+OURS = re.compile(r"tokenizer\.json|meta\.json|phase[123]_(train|val)_\d{5}\.bin|problems_(train|val|test)\.jsonl"
+                  r"|\.DS_Store")  # which macOS leaves wherever it has shown a folder
 
 
 @contextlib.contextmanager
@@ -228,6 +230,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "the first file on; the built-in corpus is always whole")
     parser.add_argument("--skip_bad", action="store_true", help="leave out malformed lines of .jsonl and rows of .parquet: not UTF-8, no "
                         "JSON, without the text (default: stop at the first)")
+    parser.add_argument("--keep_odd", action="store_true", help="leave out no document because it looks like no text or repeats itself: "
+                        "for numbers, DNA, invented languages")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument("--vocab_size", type=int, default=1024, help="260 to 65536 (default 1024)")
     vocabulary.add_argument("--tokenizer", type=Path, help="train none, take this tokenizer.json of prepare.py or the one in a folder: "
@@ -235,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder to write (default: data/ and the name of the first source but builtin)")
     parser.add_argument("--push", metavar="USER/NAME", help="then publish the folder as a data set on the Hugging Face Hub")
     parser.add_argument("--val_fraction", type=float, default=0.02, help="share of the documents kept for validation (default 0.02); "
-                        "if that is less than one document, the last tenth of the text is")
+                        "if that is less than one document, the last tenth of the text is, or this share if it is more")
     parser.add_argument("--shard_tokens", type=int, default=100_000_000, help="tokens per shard (default 100 million)")
     args = parser.parse_args(argv)
     for name, low, high in (("vocab_size", 260, 65536), ("val_fraction", 0.0001, 0.5), ("shard_tokens", 1024, 2**31 - 1)):
@@ -261,14 +265,14 @@ def speed(n_bytes: int, start: float) -> str:
 
 def clean_sources(spool: Spool, sources: list, files: dict, args: argparse.Namespace) -> dict:
     """Read and clean sources [(source, label)] into spool: (source, label) -> ((first, end) of its documents, tally, specials, Reading)."""
-    start, result = time.perf_counter(), {}
+    start, result, work = time.perf_counter(), {}, functools.partial(clean_chunk, keep_odd=args.keep_odd)
     max_bytes = math.inf if args.max_mb is None else round(args.max_mb * 1e6)
     with tqdm(desc="cleaning", unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for source, label in sources:
             first, tally, specials = spool.n, np.zeros((len(FATES), 2), np.int64), 0
             reading = Reading(max_bytes, args.skip_bad)
             documents = read_source(source, files.get(source), label, args.field, reading)
-            for cleaned in ordered_map(clean_chunk, chunks(documents, clean.CHUNK, clean.effort), WORKERS):
+            for cleaned in ordered_map(work, chunks(documents, clean.CHUNK, clean.effort), WORKERS):
                 spool.add(cleaned)
                 tally, specials = tally + cleaned.tally, specials + cleaned.specials
                 bar.update(int(cleaned.tally[:, 1].sum()))
@@ -317,7 +321,9 @@ def check_phases(splits: Splits, wanted: dict[int, list], table: list[dict], val
         names = " ".join(dict.fromkeys(source.name for source, label in sources if label != VAL))
         for split, which in (("train", "training"), ("val", "validation")):
             if not splits.wanted(phase, split).any():
-                remedy = f"all of it is also validation text (--val={' '.join(val)})" if val and split == "train" else "give more text"
+                odd = any(row["broken"] or row["repetitive"] for row in table)
+                remedy = "give more text" + ", or --keep_odd to keep what is called broken or repetitive" * odd
+                remedy = f"all of it is also validation text (--val={' '.join(val)})" if val and split == "train" and not odd else remedy
                 raise InputError(f"phase {phase}: {names} leaves no {which} text ({fates}): {remedy}")
 
 
@@ -383,15 +389,16 @@ def write_splits(spool: Spool, splits: Splits, tokenizer_json: str, folder: Path
     return phases
 
 
-def print_phases(phases: dict):
+def print_phases(phases: dict, shard_tokens: int):
     rows = [(phase, split, total) for phase, parts in phases.items() for split, total in parts.items()]
     print("phase  split   documents        MB      tokens  bytes/token")
     for phase, split, n in rows:
         print(f"{phase:5}  {split:5} {n['documents']:11,} {n['bytes'] / 1e6:9.2f} {n['tokens']:11,} {n['bytes'] / n['tokens']:12.3f}")
     for phase, split, n in rows:
-        if n["tokens"] <= WINDOWS[int(phase)]:
+        if (most := min(n["tokens"], shard_tokens)) <= WINDOWS[int(phase)]:
             remedy = "prepare more text, raise --val_fraction," if split == "val" else "prepare more text"
-            print(f"warning: phase {phase} {split} has {n['tokens']} tokens, a window of phase {phase} needs {WINDOWS[int(phase)] + 1}: "
+            remedy, where = ("raise --shard_tokens", " in a shard") if n["tokens"] > shard_tokens else (remedy, "")
+            print(f"warning: phase {phase} {split} has {most} tokens{where}, a window of phase {phase} needs {WINDOWS[int(phase)] + 1}: "
                   f"{remedy} or lower --seq_len in training")
 
 
@@ -417,7 +424,7 @@ def build(args: argparse.Namespace, folder: Path, wanted: dict[int, list], files
     phases = write_splits(spool, splits, tokenizer_json, folder, args.shard_tokens)
     spool.close()
     shutil.rmtree(spool.folder)
-    print_phases(phases)
+    print_phases(phases, args.shard_tokens)
     if any(source.name == "builtin" for source, _ in sources):
         write_problems(folder)
     contents = [tokenizer_json] + [f"{phase} {split} {total['sha256']}" for phase in phases for split, total in phases[phase].items()]

@@ -95,14 +95,14 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [tokenizer.token_to_id("<|endoftext|>"), *prepare.plain_ids(tokenizer, text)]
 
 
-def room(config, n_prompt: int, args) -> int:
-    """How many new tokens fit behind a prompt of this length. Raises InputError when none does."""
+def room(config, n_prompt: int, args, where: str = "") -> int:
+    """How many new tokens fit behind a prompt of this length; says so, and `where`, if that is less. Raises InputError when none does."""
     limit = getattr(config, "max_seq_len", None)  # Pulse has none
     if limit is None or n_prompt + args.max_new_tokens <= limit:
         return args.max_new_tokens
     if n_prompt >= limit:
         raise InputError(f"the prompt has {n_prompt:,} tokens, the model reads {limit:,} in all: shorten it")
-    print(f"stopping at {limit - n_prompt:,} new tokens: the model reads {limit:,} in all", file=sys.stderr)
+    print(f"stopping at {limit - n_prompt:,} new tokens{where}: the model reads {limit:,} in all", file=sys.stderr)
     return limit - n_prompt
 
 
@@ -187,14 +187,14 @@ def report(count: int, seconds: float):
     print(f"[{count:,} tokens, {count / seconds:,.0f} tokens/s]", file=sys.stderr)
 
 
-def batch(model, tokenizer: Tokenizer, prompts: list[list[int]], new: int, args, stop_ids: list[int]) -> tuple[list[str], int]:
-    """(the continuation of every prompt by at most `new` tokens, tokens made in all)"""
+def batch(model, tokenizer: Tokenizer, prompts: list[list[int]], new: list[int], args, stop_ids: list[int]) -> tuple[list[str], int]:
+    """(the continuation of every prompt by at most as many tokens as `new` says, tokens made in all)"""
     texts, parts, busy = [Writing(tokenizer, args.stop) for _ in prompts], [[] for _ in prompts], set(range(len(prompts)))
-    for step in generate(model, prompts, new, **drawing(args, stop_ids)):
+    for step in generate(model, prompts, max(new), **drawing(args, stop_ids)):
         for i, token in enumerate(step.tolist()):
             if token >= 0 and i in busy:
                 parts[i].append(texts[i].add(token))
-                if texts[i].ended or token in stop_ids or len(texts[i].ids) == new:
+                if texts[i].ended or token in stop_ids or len(texts[i].ids) == new[i]:
                     busy.remove(i)
         if not busy:  # generate() does not know of stop strings and would go on
             break
@@ -238,13 +238,14 @@ def answer_file(model, tokenizer: Tokenizer, encode, args, stop_ids: list[int]):
     encoded = [encode(prompt) for prompt in prompts]
     longest = max(encoded, key=len)
     try:
-        new = room(model.config, len(longest), args)
+        least = room(model.config, len(longest), args, " behind the longest prompt")
     except InputError as problem:
         raise InputError(f"{args.prompts_file}, {prompts[encoded.index(longest)][:30]!r}...: {problem}") from problem
+    new = [min(args.max_new_tokens, least + len(longest) - len(ids)) for ids in encoded]
     count, start = 0, time.perf_counter()
     with whole_file(args.output) as file, tqdm(total=len(prompts), unit="prompts") as bar:
         for i in range(0, len(prompts), args.batch_size):
-            texts, made = batch(model, tokenizer, encoded[i : i + args.batch_size], new, args, stop_ids)
+            texts, made = batch(model, tokenizer, *(part[i : i + args.batch_size] for part in (encoded, new)), args, stop_ids)
             for prompt, text in zip(prompts[i:], texts):
                 file.write(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
             file.flush()
@@ -322,7 +323,8 @@ def main(argv=None):
         write(model, tokenizer, encode(prompt), args, stop_ids, before)
     else:
         ids, start = encode(prompt), time.perf_counter()
-        texts, count = batch(model, tokenizer, [ids] * args.num_samples, room(model.config, len(ids), args), args, stop_ids)
+        new, n = room(model.config, len(ids), args), args.num_samples
+        texts, count = batch(model, tokenizer, [ids] * n, [new] * n, args, stop_ids)
         for text in texts:
             print(before + text, end="\n---\n")
         report(count, time.perf_counter() - start)

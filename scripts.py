@@ -96,6 +96,8 @@ def json_object(text: str) -> dict:
 def whole_file(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file to write that takes the place of `path` when it is whole: at any moment `path` is the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written, {path.parent} is no folder: make it, or name another file")
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -11,6 +11,7 @@ import functools
 import gzip
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -68,21 +69,33 @@ def hub_errors(name: str, *more: type[Exception]):
         raise InputError(f"{name}: {' '.join(str(error).split())}: check the address, the network and hf auth login") from None
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of those in it, linked ones too, each folder once; the folder itself may be hidden, what is in it not."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.realpath(root)
+        folders[:] = [] if here in seen else sorted(name for name in folders if not name.startswith("."))
+        if here not in seen:
+            yield from (path for name in names if not name.startswith(".") and (path := Path(root, name)).is_file())
+        seen.add(here)
+
+
 def source_files(name: str, say: Callable[[str], None] = lambda line: None) -> list[tuple[str, Callable[[], BinaryIO]]]:
     """(name, opener) of the files of a source, sorted; InputError if there is nothing that prepare.py can read. What a folder holds
-    besides is said in one line; hidden files, those of Git for example, are not worth it."""
+    besides is said in one line. Hidden files, which editors, Git and Macs keep for themselves, are not part of it."""
     supported = f"expected {' '.join(FILE_TYPES)}, a folder of them, an hf:// address, or builtin"
     if name.startswith("hf://"):
         hub = hub_filesystem()
         with hub_errors(name, ValueError, NotImplementedError):  # what huggingface_hub raises for hf://name and for hf://
             names = [name] if hub.isfile(name) else ["hf://" + found.removeprefix("hf://") for found in sorted(hub.find(name))]
+        names = [n for n in names if not any(part.startswith(".") for part in Path(n).parts[len(Path(name).parts) :])]
         sizes = dict.fromkeys(names, 1)
         openers = {n: functools.partial(hub.open, n, "rb") for n in names}
     else:
         path = Path(name)
         if not name or not path.exists():  # Path("") would be the current folder
             raise InputError(f"{name or 'a source without a name'} does not exist: {supported}")
-        paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        paths = sorted(files_below(path)) if path.is_dir() else [path]
         sizes = {str(p): p.stat().st_size for p in paths}
         openers = {str(p): functools.partial(open, p, "rb") for p in paths}
     usable = [n for n in openers if n.lower().endswith(FILE_TYPES)]
@@ -90,8 +103,7 @@ def source_files(name: str, say: Callable[[str], None] = lambda line: None) -> l
         raise InputError(f"{name} {'is' if name in openers else 'holds'} no file that can be read: {supported}")
     if not any(sizes[n] for n in usable):
         raise InputError(f"{name} is empty: expected text in it")
-    inside = [Path(n).parts[len(Path(name).parts) :] for n in sorted(openers.keys() - set(usable))]  # the folder itself may be hidden
-    others = [parts[-1].lower() for parts in inside if not any(part.startswith(".") for part in parts)]
+    others = [Path(n).name.lower() for n in sorted(openers.keys() - set(usable))]
     if others:
         endings = collections.Counter(match[0] if (match := ENDING.search(other)) else "without ending" for other in others)
         kinds = [f"{count:,} {ending}" for ending, count in endings.most_common(8)] + ["..."] * (len(endings) > 8)
@@ -105,7 +117,7 @@ def data_folder(names: list[str]) -> Path:
     source = next((name for name in names if name != "builtin"), "builtin")
     name = source.rstrip("/").rpartition("/")[2] if source.startswith("hf://") else Path(source).resolve().name
     for suffix in FILE_TYPES:
-        name = name.removesuffix(suffix)
+        name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
     if name == "builtin" != source:
         raise InputError(f"{source} would go to data/builtin, where the built-in corpus has its place: name another folder with --out")
     return Path("data") / name

@@ -42,6 +42,7 @@ from sources import hub_errors
 # What an instruct model is asked to do; a checkpoint of this project gets the question alone, as it was trained.
 INSTRUCTION = "Solve the problem step by step, one short sentence per step. End with a line of #### and the final number, without unit."
 KEY = "OPENAI_API_KEY"  # the environment variable a server's key is taken from, the only place
+FINISHED = ("stop", None, "eos", "eos_token", "end_turn", "stop_sequence")  # how servers say that an answer has come to its end
 ATTEMPTS, BACKOFF, LONGEST_WAIT, TIMEOUT = 6, 0.5, 60.0, 600.0  # per request; seconds before the second attempt, doubled each time
 
 
@@ -125,6 +126,16 @@ def checkpoint_teacher(path: Path, device, batch_size: int) -> LocalTeacher:
     return LocalTeacher(model, tokenizer, stop_ids, name, batch_size)
 
 
+def files_checksum(folder: Path) -> int:
+    """Of the weights of a Hugging Face folder, whatever the precision they are computed with here."""
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                total = zlib.crc32(block, total)
+    return total
+
+
 def weights_checksum(model) -> int:
     total = 0
     for tensor in model.state_dict().values():
@@ -155,6 +166,14 @@ def pretrained_teacher(folder: Path, name: str, device, batch_size: int) -> Loca
     return LocalTeacher(model.to(device).eval(), tokenizer, stop_ids, name, batch_size, instruct_ids)
 
 
+def made_here(folder: Path) -> bool:
+    """Whether a Hugging Face folder is one of convert.py: its model is asked as the checkpoint was that it was made of."""
+    try:
+        return read_json(folder / "config.json").get("made_by") == "SLMS"
+    except ValueError:
+        return False  # the reader of other folders says what is wrong
+
+
 def hub_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -167,8 +186,8 @@ def open_teacher(teacher: str, device, batch_size: int, server_model: str | None
     if teacher.lower().startswith(("http://", "https://")):
         return ServerTeacher(teacher, server_model, concurrency, more)
     path = Path(teacher)
-    if (path / "config.json").exists():
-        return pretrained_teacher(path, str(path), device, batch_size)
+    if (path / "config.json").exists() and not made_here(path):
+        return pretrained_teacher(path, f"{path}@{files_checksum(path):08x}", device, batch_size)
     if path.exists() or teacher.count("/") != 1:
         if not path.exists():
             raise InputError(f"--teacher={teacher} does not exist: name a folder, a checkpoint, a hub id or http://host:port/v1")
@@ -298,6 +317,7 @@ class ServerTeacher:
         if not isinstance(text, str) or not text.strip():
             return Answer("", tokens, "empty reply")
         text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can spell, is no text
+        finish = "stop" if finish in FINISHED else finish
         return Answer(text, tokens, finish if finish in ("stop", "length") else f"finish_reason {finish}")
 
     def answers(self, jobs: list[Job], temperature: float, max_new_tokens: int, seed: int) -> Iterator[tuple[Job, Answer]]:
