@@ -330,7 +330,7 @@ def ranks(bench: Bench):
         rates = [line["tokens_per_s"] for line in read_log(out / "log.jsonl") if "tokens_per_s" in line]
         return 1000 / statistics.median(rates[1:])
 
-    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    two = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--local-addr=127.0.0.1")
     jobs = {"2 processes": partial(run, two), "1 process": partial(run, ())}
     bench.rates("training small, 2 processes of 1 thread", jobs, 1000, "tokens/s", ("at least", 1.7))
 

@@ -1,6 +1,7 @@
 """Where a process computes: CPU, GPU or Apple's GPU, in which precision, and as one of how many ranks of a torchrun."""
 
 import ctypes
+import errno
 import math
 import os
 import re
@@ -69,7 +70,7 @@ def keep_freed_memory():
 
 
 class StopNotice:
-    """Ctrl-C or a termination notice, of which all ranks learn at the same step. The process goes on until it asks.
+    """Ctrl-C, a termination notice or a closed terminal, of which all ranks learn at the same step. The process goes on until it asks.
 
     torchrun passes a notice on and kills 30 s later, so the ranks tell each other every few seconds, however long a step takes.
     """
@@ -79,7 +80,9 @@ class StopNotice:
     def __init__(self, device: "Device"):
         self.device, self.came, self.steps = device, False, 0
         self.restart()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []  # nohup ignores it, and so does this then
+        self.numbers = [signal.SIGINT, signal.SIGTERM, *hangup]
+        for number in self.numbers:
             signal.signal(number, self.note)
 
     def restart(self):
@@ -102,9 +105,9 @@ class StopNotice:
         return came > 0
 
     def close(self):
-        """From here on both end the process at once, as usual."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        """From here on each ends the process at once, as usual."""
+        for number in self.numbers:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 class Device:
@@ -150,11 +153,13 @@ class Device:
             self.claimed = lock_folder(folder)
 
     def say(self, *text, **options):
-        """print() of the first rank. When nobody reads any more (`| head`) it is as if Ctrl-C had been pressed."""
+        """print() of the first rank. When nobody reads any more (`| head`, a closed terminal) it is as if Ctrl-C had been pressed."""
         if self.rank == 0:
             try:
                 print(*text, **options)
-            except BrokenPipeError:
+            except OSError as problem:
+                if problem.errno not in (errno.EPIPE, errno.EIO):
+                    raise
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 signal.raise_signal(signal.SIGINT)
 

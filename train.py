@@ -266,7 +266,8 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as problem:
         if cause := getattr(problem, "inner_exception", None):  # BackendCompilerFailed, whose module takes seconds to import
             why = str(cause).splitlines()[0]
-            raise InputError(f"--compile does not work here ({why}): install a C++ compiler, or leave it out") from problem
+            remedy = "install a C++ compiler and Python's headers, or leave it out"
+            raise InputError(f"--compile does not work here ({why}): {remedy}") from problem
         if out_of_memory(problem):
             remedy = "lower --batch_size and raise --grad_accum, give --checkpointing, or choose a smaller model"
             raise InputError(f"the model or a batch of it does not fit into the memory: {remedy}") from problem

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What a user may have set and the tests should not meet: a key that a failure would print, a proxy before this machine's own servers, a
+# font cache that cannot be written, an old driver's warning.
+for name in ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+os.environ.setdefault("PYTHONWARNINGS", "ignore:CUDA initialization")
+if not os.access(Path.home(), os.W_OK):
+    os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp()
+HERE = ("--standalone", "--local-addr=127.0.0.1")  # of torchrun: a host's name need not resolve
 
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu za".split()
 WORDS = ["".join(p) for p in itertools.product(SYLLABLES, repeat=2)]
@@ -39,7 +49,7 @@ def slow_shingles(text, size):
 
 
 def call_distill(*options, ranks=1, cwd=None, **environment):
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *HERE] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / "distill.py"), *map(str, options)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300, env=os.environ | environment)
 
@@ -64,7 +74,7 @@ SHORT = [*SIZES, "--seq_len=32", "--batch_size=4", "--eval_tokens=512", "--log_i
 
 
 def call(script, *options, ranks=1, cwd=ROOT, **kwargs):
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *HERE] if ranks > 1 else []
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, options)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300, **kwargs)
 

@@ -1,6 +1,7 @@
 """Where a process computes."""
 
 import platform
+import signal
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 
-from device import Device, choose_device
+from device import Device, StopNotice, choose_device
 from scripts import InputError, out_of_memory
 
 FAULTS = """
@@ -73,3 +74,20 @@ def test_memory_that_ran_out_is_known_by_its_words():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert out_of_memory(caught.value) and not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_run_under_nohup_does_not_hear_a_terminal_that_closes():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        StopNotice(Device("cpu")).close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = StopNotice(Device("cpu"))
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.given(True)
+        stop.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

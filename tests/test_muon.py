@@ -2,12 +2,13 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HERE, ROOT
 from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 
 import muon
@@ -207,12 +208,12 @@ def test_two_ranks_equal_one(tmp_path):
             "torch.distributed.run",
             f"--nproc_per_node={ranks}",
             "--master_port=0",
-            "--standalone",
+            *HERE,
             script,
             folder,
         ]
         done = subprocess.run(
-            command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         results[ranks] = [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(ranks)]

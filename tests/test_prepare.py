@@ -408,7 +408,10 @@ def test_a_source_without_a_name_is_not_the_current_folder(tmp_path):
 
 
 def test_a_file_name_that_is_not_utf8(tmp_path):
-    (tmp_path / "caf\udce9.txt").write_text(prose(random.Random(27), 300))
+    try:
+        (tmp_path / "caf\udce9.txt").write_text(prose(random.Random(27), 300))
+    except OSError:
+        pytest.skip("this file system has no such names")
     result = script("caf\udce9.txt", "--out=out", cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
     assert result.returncode == 0 and r"caf\udce9.txt" in result.stdout, result.stderr
 
@@ -419,7 +422,8 @@ def test_ctrl_c_while_the_builtin_corpus_is_read(tmp_path, moment):
     (tmp_path / "run.py").write_text(f"""
 import os, signal, sys, threading
 sys.path.insert(0, {str(ROOT)!r})
-import prepare, scripts
+import corpus, prepare, scripts
+corpus.WORKERS = prepare.WORKERS = 2  # however few cores there are
 press = lambda: os.killpg(0, signal.SIGINT)  # as a terminal does, to the workers too
 forks = []
 def after_fork():
@@ -474,8 +478,16 @@ def test_a_few_bytes_are_enough(tmp_path):
     assert meta["vocab_size"] < 280 and documents("out", 1, "val") == ["e."]
 
 
-MEASURE = "import resource, sys; sys.path.insert(0, sys.argv[1]); import prepare; prepare.main(sys.argv[2:]); " \
-          "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+MEASURE = """
+import pathlib, resource, sys
+sys.path.insert(0, sys.argv[1])
+import prepare
+prepare.main(sys.argv[2:])
+status = pathlib.Path("/proc/self/status")  # getrusage's peak begins, on Linux, at that of the process that started this one
+lines = status.read_text().splitlines() if status.exists() else []
+peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+"""
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path):
@@ -486,5 +498,5 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
             for _ in range(megabytes * 50):
                 file.write(json.dumps({"text": prose(rng, 4000)}) + "\n")
         result = subprocess.run([sys.executable, "-c", MEASURE, ROOT, "a.jsonl"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        peaks.append(int(result.stdout.splitlines()[-1]) / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+        peaks.append(float(result.stdout.splitlines()[-1]))
     assert peaks[1] - peaks[0] < 15, f"{peaks} MB"

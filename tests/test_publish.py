@@ -233,7 +233,7 @@ def hub():
 
 def call(hub, command, home, token, cwd):
     """A command with the Hub at the loopback, and a token where huggingface_hub looks for it."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING_FACE"))}
     env |= {"HF_ENDPOINT": f"http://localhost:{hub.server_port}", "HF_HOME": str(home / "home"), "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_TOKEN": token} if token else {}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=120, env=env)

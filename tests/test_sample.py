@@ -209,7 +209,8 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     command = [sys.executable, ROOT / "sample.py", f"--ckpt={path}", "--chat", "--temperature=0", "--max_new_tokens=100000", "--device=cpu"]
     for end, code in ((None, 130), (b"\x04", 0)):
         terminal, end_of_it = pty.openpty()
-        with subprocess.Popen(command, stdin=end_of_it, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        with subprocess.Popen(command, stdin=end_of_it, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
             os.close(end_of_it)
             os.write(terminal, b"the cat\n")
             assert process.stdout.read(2) == b"> "
@@ -242,7 +243,7 @@ def test_prompts_from_json_lines(ckpt, capsys, monkeypatch, tmp_path):
     "line, message",
     [
         ("the cat", "malformed JSON (Expecting value: line 1 column 1 (char 0)), expected"),
-        ("[" * 100_000, "malformed JSON (maximum recursion depth"),
+        ("[" * 100_000, "malformed JSON ("),
         ('["the cat"]', "holds list, expected"),
         ('{"text": "the cat", "id": 1}', "holds 'text', 'id', expected"),
         ("{}", "holds nothing, expected"),

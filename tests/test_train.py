@@ -2,17 +2,19 @@
 
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHORT, call, fails
+from conftest import HERE, ROOT, SHORT, call, fails
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -193,6 +195,8 @@ def two_ranks(data, tmp_path_factory):
 
 
 def workers_of(launcher: int) -> list[int]:
+    if tasks := list(Path(f"/proc/{launcher}/task").glob("*/children")):  # small containers have no ps
+        return [int(pid) for task in tasks for pid in task.read_text().split()]
     table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     return [int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent) == launcher]
 
@@ -200,7 +204,7 @@ def workers_of(launcher: int) -> list[int]:
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
 def test_two_ranks_stopped_in_the_middle_end_as_if_they_had_not_been(two_ranks, data, tmp_path, ending):
     """SIGTERM, the launcher passes on and both ranks stop together with everything saved. SIGKILL takes launcher and ranks at once."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *HERE, ROOT / "train.py"]
     options = [f"--data={data}", f"--out={tmp_path}", *TWO_RANKS]
     process = subprocess.Popen([*launcher, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -266,7 +270,10 @@ def test_without_bf16_in_the_hardware_nothing_is_computed_in_it(kind, data, tmp_
     assert torch.bfloat16 in dtypes
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
 def test_a_compiled_model_goes_on_from_an_uncompiled_one(data, tmp_path):
     command = ["train.py", f"--data={data}", "--steps=5", *SHORT, "--n_layer=1", "--global_every=1"]  # one layer: quick to compile
     assert call(*command, "--phase=1", f"--out={tmp_path / 'plain'}").returncode == 0
@@ -287,7 +294,7 @@ def test_compile_without_a_compiler_is_refused(data, tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "CXX"}
     env |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = ["train.py", f"--data={data}", f"--out={tmp_path / 'run'}", "--compile", *SHORT]
-    fails(*command, match="install a C++ compiler, or leave it out", env=env)
+    fails(*command, match="install a C++ compiler and Python's headers, or leave it out", env=env)
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
@@ -411,6 +418,25 @@ def test_fresh_removes_nothing_when_the_phase_cannot_start(finished, data, tmp_p
     fails(*command, f"--init={finished}", match="phase2.pt is there, of a run that began from new weights: leave --init out, or name")
     fails(*command[:3], "--phase=1", *command[4:], "--init=nowhere", match="nowhere holds no checkpoint yet")
     assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("closing", ["a terminal of its own", "a terminal of others"])
+def test_a_terminal_that_closes_stops_a_run_as_ctrl_c_does(data, tmp_path, closing):
+    """It sends its own processes a signal; what was left running in it finds nothing to write to."""
+    command = [sys.executable, "-u", ROOT / "train.py", f"--data={data}", f"--out={tmp_path}", "--phase=1", "--steps=4000", *SHORT]
+    reading, terminal = pty.openpty()
+    streams = dict(stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, **streams,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # fmt: skip
+    os.close(terminal)
+    said = b""
+    while b"phase 1 step" not in said:
+        said += os.read(reading, 1 << 12)
+    if closing == "a terminal of its own":
+        process.send_signal(signal.SIGHUP)
+    os.close(reading)
+    assert process.wait(120) == 130
+    assert 0 < load_checkpoint(tmp_path / "last.pt")["step"] < 4000
 
 
 def test_a_reader_who_leaves_stops_a_run_as_ctrl_c_does(data, tmp_path):
