@@ -5,9 +5,10 @@ import unicodedata
 
 import numpy as np
 import pytest
-from conftest import WORDS, prose, random_text, slow_shingles
+from conftest import WORDS, documents, make, prose, random_text, slow_shingles
 
 import clean
+import prepare
 
 
 def test_clean_text():
@@ -107,3 +108,16 @@ def test_union_against_walking_the_graph():
     chain, parent = np.arange(100_000, dtype=np.int32), np.arange(100_000, dtype=np.int32)
     clean.union(parent, chain[:-1], chain[1:])
     assert not clean.find(parent, chain).any()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_text_that_looks_like_none_can_be_kept(tmp_path):
+    rng = random.Random(32)
+    (tmp_path / "digits.txt").write_text(" ".join(rng.choice("01") for _ in range(20_000)))
+    (tmp_path / "dna.txt").write_text("\n".join("".join(rng.choices("acgt", k=60)) for _ in range(300)))
+    for name, fates in (("digits", "0 broken, 1 repetitive"), ("dna", "1 broken, 0 repetitive")):
+        remedy = "give more text, or --keep_odd to keep what is called broken or repetitive"
+        with pytest.raises(prepare.InputError, match=f"leaves no training text .*{fates}.*: {remedy}"):
+            make(f"{name}.txt", out=name)
+        make(f"{name}.txt", "--keep_odd", out=name)
+        assert "".join(documents(name, 1, "train") + documents(name, 1, "val")) == (tmp_path / f"{name}.txt").read_text()

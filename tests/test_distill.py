@@ -3,6 +3,7 @@ input gets."""
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT, call_distill as call, distill_works as works, lines_of, write_problems
 from tokenizers import Tokenizer
 
+import convert
 import distill
 import prepare
 import teachers
@@ -81,6 +83,49 @@ def test_a_teacher_has_one_name_in_every_precision(room, monkeypatch):
     name = teachers.checkpoint_teacher(path, "cpu", 4).name
     monkeypatch.setattr(teachers, "for_writing", lambda model: model.bfloat16())
     assert teachers.checkpoint_teacher(path, "cpu", 4).name == name
+
+
+@pytest.mark.parametrize("name", ["flow", "pulse"])
+def test_an_exported_model_teaches_as_its_checkpoint_does(room, tmp_path, name):
+    """Without the instruction that models of others are given."""
+    path = room / "out" / name / "phase3.pt"
+    convert.main([f"--ckpt={path}", "--to=hf", f"--out={tmp_path / 'hf'}"])
+    jobs = [Job(str(i), 0, p["question"]) for i, p in enumerate(lines_of(room / "train.jsonl")[:3])]
+    theirs, ours = (teachers.open_teacher(str(where), "cpu", 3, None, 1) for where in (tmp_path / "hf", path))
+    assert dict(theirs.answers(jobs, 0, 9, 0)) == dict(ours.answers(jobs, 0, 9, 0)) and theirs.stop_ids == ours.stop_ids
+    assert theirs.name.rpartition("@")[2] == ours.name.rpartition("@")[2] != ""
+
+
+def test_a_hugging_face_folder_with_other_weights_is_another_teacher(qwen, tmp_path):
+    shutil.copytree(qwen, tmp_path / "qwen")
+    before = teachers.open_teacher(str(tmp_path / "qwen"), "cpu", 1, None, 1).name
+    assert teachers.open_teacher(str(tmp_path / "qwen"), "cpu", 1, None, 1).name == before
+    weights = tmp_path / "qwen/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert teachers.open_teacher(str(tmp_path / "qwen"), "cpu", 1, None, 1).name != before
+
+
+def test_traces_may_be_of_a_teacher_whose_name_is_test(here, tmp_path):
+    """distill.py names them so itself; any other file that calls itself a test split is refused."""
+    lines = [teachers.trace_of(Job(problem_key(p["question"]), 0, p["question"]), Answer(p["answer"], 9, "stop"), final_number(p["answer"]))
+             for p in lines_of(here / "train.jsonl")]  # fmt: skip
+    for name in ("traces_out_test.jsonl", "gsm8k_test.jsonl"):
+        write_problems(tmp_path / name, [line | {"teacher": "out/test"} for line in lines])
+    options = ["--student=out/flow", "--eval", "val.jsonl", "--num_eval=1", "--epochs=0.2", *SHORT]
+    distill.main([f"--traces={tmp_path / 'traces_out_test.jsonl'}", f"--out={tmp_path / 'new'}", *options])
+    assert (tmp_path / "new/last.pt").exists()
+    refused("gsm8k_test.jsonl is a test split", f"--traces={tmp_path / 'gsm8k_test.jsonl'}", *options)
+
+
+def test_an_evaluation_goes_where_it_is_told(here, tmp_path, capsys):
+    options = ["--evaluate", "--student=out/flow", "--eval", "val.jsonl", *SHORT]
+    distill.main([*options, f"--out={tmp_path / 'new'}", "--num_eval=2"])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["eval_phase3_val.jsonl"]
+    assert "val.jsonl: 6 problems, of which the first 2 are taken" in capsys.readouterr().out
+    for name in ("teacher", "problems", "traces"):
+        refused(f"--evaluate only measures the student: leave --{name} out", *options, f"--{name}=out/flow")
 
 
 def test_an_answer_ends_where_the_context_does(room):
@@ -442,3 +487,4 @@ def test_teachers_that_do_not_fit(here, qwen, tmp_path):
     save_checkpoint(tmp_path / "wrong.pt", state)
     refused("its tokenizer has 320 tokens, the model 300", f"--student={tmp_path / 'wrong.pt'}", *base[1:])
     refused("needs a local --teacher with the tokenizer of", *base, f"--teacher={qwen}", "--samples=0", "--kl_weight=1")
+    refused("--samples=0 leaves only the logits of .* to learn, and they are not compared", *base, f"--teacher={qwen}", "--samples=0")

@@ -34,6 +34,8 @@ from word_problems import problems as word_problems
         ("#### Step 1: add 4 + 8 = 12. The answer is 12.", 12), ("#### Step 1: add 4 and 8 to get 12", None),
         ("#### 24\n#### Check 1: 24 / 2 = 12", 24), ("#### Step 1\nx\n**Answer:** 12", 12),
         ("#### " + "7" * 5000, None), ("#### " + "7" * 3990 + "e99", 10**99 * int("7" * 3990)), ("#### 1/" + "7" * 5000, None),
+        ("#### 72 = 48 + 24", 72), ("#### Total = 72 = 48 + 24", 72), ("#### 6 = 2 x 3", 6), ("#### 2 + 2 = 4 = 1 + 3", 4),
+        ("#### $10 = $4 + $6", 10), ("#### x = 10-15", 10),
         ("there are 5 of them", None), ("####", None), ("the answer is unknown, 5", None), ("#### 1/0", None), ("", None),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """What becomes of files when a run goes wrong: two at once, --fresh that comes to nothing, a file that is something else."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, SHORT
+from conftest import ROOT, SHORT, make, prose
 
 import convert
 import corpus
@@ -195,3 +196,12 @@ def test_a_checkpoint_is_found_under_any_name_in_any_locale(finished, tmp_path):
     command = [sys.executable, "-c", code, folder / "a.pt"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
     assert done.stdout == "3\n", done.stderr
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_the_finder_leaves_does_not_keep_a_folder_from_being_made_again(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(random.Random(33), 300))
+    make("a.txt", out="out")
+    (tmp_path / "out/.DS_Store").write_bytes(b"\0")
+    make("a.txt", out="out")
+    assert not (tmp_path / "out/.DS_Store").exists()

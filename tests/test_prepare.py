@@ -251,6 +251,14 @@ def test_hub_addresses(monkeypatch, tmp_path):
     assert "".join(documents("data/a", 1, "train") + documents("data/a", 1, "val")) == text
 
 
+def test_shards_that_are_too_short_are_said(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(prose(random.Random(34), 20_000))
+    make("a.txt", "--shard_tokens=1500", out="out")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert said[0] == ("warning: phase 3 train has 1500 tokens in a shard, a window of phase 3 needs 2049: "
+                       "raise --shard_tokens or lower --seq_len in training")
+
+
 def test_shards_roll_over(tmp_path):
     rng = random.Random(18)
     (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(prose(rng, 100) for _ in range(60)))

@@ -294,6 +294,21 @@ def test_prompts_from_a_file(ckpt, tmp_path):
     assert [answer["prompt"] for answer in answers] == ["the cat", "the\u2028mat"]
 
 
+def test_a_long_prompt_does_not_cut_the_others_short(ckpt, tmp_path, monkeypatch):
+    """At temperature 0 each prompt of a file gets what it gets alone."""
+    prompts, options = ["the cat", "x" * 90, "mat"], [f"--ckpt={ckpt}", "--device=cpu", "--temperature=0", "--max_new_tokens=40"]
+    alone, together = [], tmp_path / "all.jsonl"
+    for prompt in prompts:
+        (tmp_path / "p.txt").write_text(prompt)
+        sample.main([*options, f"--prompts_file={tmp_path / 'p.txt'}", f"--output={tmp_path / f'{len(alone)}.jsonl'}"])
+        alone.append((tmp_path / f"{len(alone)}.jsonl").read_text(encoding="utf-8"))
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    sample.main([*options, f"--prompts_file={tmp_path / 'p.txt'}", f"--output={together}"])
+    assert together.read_text(encoding="utf-8") == "".join(alone)
+    with pytest.raises(InputError, match="none/o.jsonl cannot be written, .*none is no folder: make it, or name another file"):
+        sample.main([*options, f"--prompts_file={tmp_path / 'p.txt'}", f"--output={tmp_path / 'none/o.jsonl'}"])
+
+
 def test_eight_bit_weights_write_text(ckpt):
     code, out, err = sampled(ckpt, "--int8", "--device=cpu", "--prompt=the cat", "--max_new_tokens=8", "--temperature=0")
     assert code == 0 and out.startswith("the cat") and "[8 tokens, " in err

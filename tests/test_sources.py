@@ -89,6 +89,18 @@ def test_what_a_folder_holds_besides_is_said_in_one_line(tmp_path):
     assert len(said) == 2
 
 
+def test_hidden_files_are_no_part_of_a_folder_and_linked_ones_are(tmp_path):
+    for name in ("in/b.txt", "in/._b.txt", "in/.ipynb_checkpoints/a.txt", "in/deep/c.txt", "other/d.txt", ".hidden/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/link").symlink_to(tmp_path / "other")
+    (tmp_path / "in/deep/again").symlink_to(tmp_path / "in")  # and so on for ever
+    (tmp_path / "in/f.txt").symlink_to(tmp_path / "other/d.txt")
+    (tmp_path / "in/gone.txt").symlink_to(tmp_path / "nowhere")
+    assert [name for name, _ in sources.source_files("in")] == ["in/b.txt", "in/deep/c.txt", "in/f.txt", "in/link/d.txt"]
+    assert [name for name, _ in sources.source_files(".hidden")] == [".hidden/e.txt"]
+
+
 def note(opener, opened):
     opened.append(opener())
     return opened[-1]

@@ -118,6 +118,27 @@ def test_validation_text_of_its_own(tmp_path):
     assert documents("out", 2, "train") == texts[5:]
 
 
+def test_no_question_of_the_validation_text_is_trained_on(tmp_path):
+    """Whatever its answer, or the system turn before it."""
+    def chat(q, answer, **more):
+        return more | {"question": f"What is {q} + 1?", "answer": answer}
+
+    write_jsonl(tmp_path / "train.jsonl", [chat(q, f"Way {way}.\n#### {q + 1}") for way in range(2) for q in range(40)])
+    write_jsonl(tmp_path / "val.jsonl", [chat(q, f"So.\n#### {q + 1}") for q in range(8)])
+    make("train.jsonl", "--val", "val.jsonl", out="out")
+    train, val = ({text.partition("<|im_end|>")[0] for text in documents("out", 1, split)} for split in ("train", "val"))
+    assert len(train) == 32 and len(val) == 8 and not train & val and len(documents("out", 1, "train")) == 64
+
+
+@pytest.mark.parametrize("options, share", [([], 0.1), (["--val_fraction=0.05"], 0.1), (["--val_fraction=0.3"], 0.3)])
+def test_how_much_of_a_book_is_held_out(tmp_path, options, share):
+    text = prose(random.Random(31), 2000)
+    (tmp_path / "book.txt").write_text(text)
+    make("book.txt", *options, out="out")
+    assert documents("out", 1, "train") == [text[: int((1 - share) * len(text))]]
+    assert documents("out", 1, "val") == [text[int((1 - share) * len(text)) :]]
+
+
 def test_few_documents_shared_by_phases_leave_training_text_in_each(tmp_path):
     rng = random.Random(24)
     (tmp_path / "big.txt").write_text(prose(rng, 20_000))
