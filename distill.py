@@ -432,6 +432,8 @@ def logit_teacher(args, teacher, student: Path, checkpoint: dict):
     )
     if args.kl_weight and not same:
         raise InputError(f"--kl_weight={args.kl_weight} compares logits: it needs a local --teacher with the tokenizer of {student}")
+    if teacher and not same and args.kl_weight is None and not args.samples:
+        raise InputError(f"--samples=0 leaves the logits of {args.teacher}, which has another tokenizer or none here: leave --samples out")
     args.kl_weight = (0.5 if same else 0.0) if args.kl_weight is None else args.kl_weight
     return teacher if args.kl_weight else None
 
@@ -455,8 +457,6 @@ def distill(args, device: Device, say):
     options = (device.torch, args.gen_batch_size, args.teacher_model, args.concurrency, args.teacher_body)
     teacher = teachers.open_teacher(args.teacher, *options) if args.teacher else None
     compared = logit_teacher(args, teacher, student, source) if student else None  # refuses before an answer is paid for
-    if teacher and not args.samples and not compared:
-        raise InputError(f"--samples=0 leaves only the logits of {args.teacher} to learn, and they are not compared: leave --samples out")
 
     if args.traces and not teacher:
         traces = teachers.read_traces(args.traces, None)
