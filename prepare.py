@@ -38,7 +38,7 @@ from tqdm import tqdm
 import clean
 import corpus
 from clean import EXACT_COPY, FATES, KEPT, NEAR_COPY, SPECIAL, SPECIAL_TOKENS, Splits, Spool, assign_splits, clean_chunk, render_chat
-from scripts import ArgumentParser, InputError, run
+from scripts import ArgumentParser, InputError, locked, run
 from shards import ShardWriter, load_meta, read_shard, shard_paths, token_bytes, tokenizer_fingerprint, write_shard
 from sources import FILE_TYPES, TRAIN, UNLABELLED, VAL, Reading, Source, data_folder, read_source, source_files
 from workers import WORKERS, chunks, ordered_map
@@ -193,12 +193,9 @@ def replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
     with lock.open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and worker processes do not inherit it
-            if not os.fstat(file.fileno()).st_nlink:  # removed by the run that held it, just now
-                raise BlockingIOError
-        except BlockingIOError:
-            raise InputError(f"{out} is being written by another prepare.py: wait for it or choose another --out") from None
+        # A lockf ends with this process, and worker processes do not inherit it; a run that held it may have removed the file, just now.
+        if not locked(fcntl.lockf, file) or not os.fstat(file.fileno()).st_nlink:
+            raise InputError(f"{out} is being written by another prepare.py: wait for it or choose another --out")
         try:
             tidy()
             new.mkdir()

@@ -70,15 +70,26 @@ def allow_many_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (10_240 if most == resource.RLIM_INFINITY else min(most, 10_240), most))
 
 
+def locked(lock: Callable, file) -> bool:
+    """Whether fcntl's `lock`, flock or lockf, has given a file to this process alone. Where the file system has no locks, as some of
+    clusters and network drives, nobody else can be told, and it is true."""
+    try:
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+    return True
+
+
 def lock_folder(folder: Path, given: Path | None = None) -> int:
     """A descriptor of a folder that keeps other runs out until it is closed, at the latest by the system when this process ends. Raises
     InputError, which names it as the user has `given` it, when another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not locked(fcntl.flock, descriptor):
         os.close(descriptor)
-        raise InputError(f"{given or folder} is being written by another run: wait for it or name another folder") from None
+        raise InputError(f"{given or folder} is being written by another run: wait for it or name another folder")
     return descriptor
 
 

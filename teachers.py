@@ -36,7 +36,7 @@ from exact_match import Problem, final_number, problem_key
 from huggingface import read_json
 from model import Flow, generate
 from prepare import chat_ids, conversation_ids
-from scripts import InputError
+from scripts import InputError, locked
 from sources import hub_errors
 
 # What an instruct model is asked to do; a checkpoint of this project gets the question alone, as it was trained.
@@ -403,10 +403,8 @@ def appending(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not lockf, whose lock ends when any handle of the file is closed
-            except BlockingIOError:
-                raise InputError(f"{path} is being written by another distill.py: wait for it or name another --traces") from None
+            if not locked(fcntl.flock, file):  # not lockf, whose lock ends when any handle of the file is closed
+                raise InputError(f"{path} is being written by another distill.py: wait for it or name another --traces")
             yield file
     except OSError as error:
         error.filename = error.filename or str(path)

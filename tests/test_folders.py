@@ -1,5 +1,6 @@
 """What becomes of files when a run goes wrong: two at once, --fresh that comes to nothing, a file that is something else."""
 
+import errno
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ import sample
 import teachers
 import train
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from scripts import InputError, lock_folder
+from scripts import InputError, lock_folder, locked
 from shards import load_meta
 
 
@@ -205,3 +206,19 @@ def test_what_the_finder_leaves_does_not_keep_a_folder_from_being_made_again(tmp
     (tmp_path / "out/.DS_Store").write_bytes(b"\0")
     make("a.txt", out="out")
     assert not (tmp_path / "out/.DS_Store").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch, number):
+    """Some of clusters and network drives have none."""
+
+    def lock(file, how):
+        raise OSError(number, "no locks here")
+
+    assert locked(lock, None)
+    monkeypatch.setattr("scripts.fcntl.flock", lock)
+    os.close(lock_folder(tmp_path))
+    with teachers.appending(tmp_path / "t.jsonl") as file:
+        file.write(b"{}\n")
+    with pytest.raises(OSError, match="denied"):
+        locked(lambda *_: (_ for _ in ()).throw(OSError(errno.EACCES, "denied")), None)
