@@ -406,16 +406,19 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
     n = spool.n
     label, below = np.empty(n, np.uint8), np.empty(n, bool)
     is_val, labelled, divided = (np.zeros(n, bool) for _ in range(3))  # of a cluster, at its root
+    asked = [np.empty(0, np.uint64)]  # the questions (sides) of validation sources
     for first, rows in spool.rows(0, n):
         block = slice(first, first + len(rows))
         label[block], below[block] = rows["label"], rows["side"] < np.uint64(val_fraction * 2**64)
         is_val[root[block][rows["label"] == VAL]] = True
         labelled[root[block][rows["label"] != UNLABELLED]] = True
+        asked.append(rows["side"][rows["label"] == VAL])
     is_val |= below & ~labelled
     barred = of_cluster(is_val, root) & (label == TRAIN)  # training text that is also validation text
-    asked = np.unique(np.concatenate([rows["side"][rows["label"] == VAL] for _, rows in spool.rows(0, n)] or [np.empty(0, "u8")]))
-    for first, rows in spool.rows(0, n):  # or another answer to a question of it
-        barred[first : first + len(rows)] |= (rows["label"] == TRAIN) & np.isin(rows["side"], asked)
+    asked = np.unique(np.concatenate(asked))
+    if len(asked):
+        for first, rows in spool.rows(0, n):  # or another answer to a question of it
+            barred[first : first + len(rows)] |= (rows["label"] == TRAIN) & np.isin(rows["side"], asked)
     free = of_cluster(~labelled, root)
     del label, below, labelled  # a byte per document each
     kept, cut = {}, {}

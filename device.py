@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from scripts import InputError, lock_folder
 
@@ -165,6 +166,13 @@ class Device:
 
     def autocast(self):
         return torch.autocast(self.torch.type, torch.bfloat16) if self.dtype == torch.bfloat16 else nullcontext()
+
+    def parallel(self, model):
+        """The model whose backward pass averages gradients over the ranks; the model itself when there is one rank."""
+        if self.ranks == 1:
+            return model
+        # With bucket views DDP does not hold a second copy of the gradients.
+        return DistributedDataParallel(model, [self.torch] if self.torch.type == "cuda" else None, gradient_as_bucket_view=True)
 
     def put(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets [B, T] of windows [B, T + 1]."""

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 import teachers
@@ -201,10 +200,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
     peak, _ = device.peak_flops()
     flops = model.config.flops_per_token(round(examples.lengths.mean()))
     token_bytes = prepare.token_bytes(tokenizer)
-    network = model
-    if device.ranks > 1:
-        network = DistributedDataParallel(model, device_ids=[device.torch] if device.torch.type == "cuda" else None,
-                                          gradient_as_bucket_view=True)  # fmt: skip
+    network = device.parallel(model)
 
     def record(**line):
         if device.rank == 0:

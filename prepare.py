@@ -318,9 +318,9 @@ def check_phases(splits: Splits, wanted: dict[int, list], table: list[dict], val
         names = " ".join(dict.fromkeys(source.name for source, label in sources if label != VAL))
         for split, which in (("train", "training"), ("val", "validation")):
             if not splits.wanted(phase, split).any():
-                odd = any(row["broken"] or row["repetitive"] for row in table)
-                remedy = "give more text" + ", or --keep_odd to keep what is called broken or repetitive" * odd
-                remedy = f"all of it is also validation text (--val={' '.join(val)})" if val and split == "train" and not odd else remedy
+                remedy = f"all of it is also validation text (--val={' '.join(val)})" if val and split == "train" else "give more text"
+                if any(row["broken"] or row["repetitive"] for row in table):
+                    remedy += "; --keep_odd keeps what is called broken or repetitive"
                 raise InputError(f"phase {phase}: {names} leaves no {which} text ({fates}): {remedy}")
 
 

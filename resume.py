@@ -60,14 +60,14 @@ def read_start(path: Path) -> dict:
     return checkpoint | {"weights": model.state_dict()}
 
 
-def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str, weights_only: bool):
+def check_start(path: Path, checkpoint: dict, args, config, tokenizer_json: str):
     """Raise InputError when a phase cannot go on from a checkpoint with this network and these data."""
     if checkpoint["tokenizer"] != tokenizer_json:
         raise InputError(f"{path} was trained with another tokenizer than that of {args.data}: use its data or another --out")
     sizes = {"model": args.model, **dataclasses.asdict(config)}
     sizes.pop("max_seq_len", None)  # no weight depends on it: a phase may have longer windows than those before
     check_same(path, {"model": checkpoint["model"], **checkpoint["config"]}, sizes)
-    if "optimizer" not in checkpoint and not weights_only:
+    if "optimizer" not in checkpoint and path.parent == args.out:  # of another run (--init) the weights are enough
         raise InputError(f"{path} is a copy for sampling, without the optimizers' state: put the phase's own checkpoint back")
 
 
@@ -76,7 +76,7 @@ def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
     nothing, when the phase could not begin again."""
     last = args.out / "last.pt"
     if start := beginning(args, phase):
-        check_start(start, read_start(start), args, config, tokenizer_json, start.parent != args.out)
+        check_start(start, read_start(start), args, config, tokenizer_json)
     device.barrier()  # the others look at the same files
     if device.rank != 0:
         return

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 import spikes
@@ -141,7 +140,7 @@ def start_phase(args, phase: int, is_first: bool, config, tokenizer_json: str, s
         checkpoint = read_start(origin)
         if same_phase:
             check_same(origin, checkpoint["settings"], settings)
-        check_start(origin, checkpoint, args, config, tokenizer_json, weights_only)
+        check_start(origin, checkpoint, args, config, tokenizer_json)
         load_weights(model, checkpoint, origin)
         if not weights_only:
             for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
@@ -338,9 +337,8 @@ def train(args, device: Device, say):
     for phase, (seq_len, batch_size, grad_accum, steps) in plan.items():
         sequences = batch_size * grad_accum * device.ranks  # of one optimizer step
         peak_lr = args.lr or recipe.lr[phase - 1]
-        settings = {"model": args.model, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
+        settings = {"model": args.model, "init": args.init, **dataclasses.asdict(config), "data": meta["fingerprint"], "seq_len": seq_len}
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
-        settings["init"] = args.init
         rate_penalty = RATE_PENALTY if args.rate_penalty is None else args.rate_penalty
         settings |= {"rate_penalty": rate_penalty} if args.model == "pulse" else {}
         settings |= {"shorten": args.shorten} if args.model == "pulse" and phase == 2 else {}
@@ -362,10 +360,7 @@ def train(args, device: Device, say):
             args, phase, phase == min(plan), config, tokenizer_json, settings, grad_accum, device, say
         )
         step, tokens, seconds, wall, best = progress
-        network = model
-        if device.ranks > 1:
-            network = DistributedDataParallel(model, device_ids=[device.torch] if device.torch.type == "cuda" else None,
-                                              gradient_as_bucket_view=True)  # not a second copy of them  # fmt: skip
+        network = device.parallel(model)
 
         # The loop: learning rate, micro-steps, update, log, evaluate, save.
         model.train()

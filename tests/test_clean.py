@@ -116,7 +116,7 @@ def test_text_that_looks_like_none_can_be_kept(tmp_path):
     (tmp_path / "digits.txt").write_text(" ".join(rng.choice("01") for _ in range(20_000)))
     (tmp_path / "dna.txt").write_text("\n".join("".join(rng.choices("acgt", k=60)) for _ in range(300)))
     for name, fates in (("digits", "0 broken, 1 repetitive"), ("dna", "1 broken, 0 repetitive")):
-        remedy = "give more text, or --keep_odd to keep what is called broken or repetitive"
+        remedy = "give more text; --keep_odd keeps what is called broken or repetitive"
         with pytest.raises(prepare.InputError, match=f"leaves no training text .*{fates}.*: {remedy}"):
             make(f"{name}.txt", out=name)
         make(f"{name}.txt", "--keep_odd", out=name)

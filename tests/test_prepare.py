@@ -409,12 +409,6 @@ def test_bad_input(tmp_path, capsys, arguments, message):
     assert (tmp_path / "mine/notes.txt").read_text() == "do not delete"
 
 
-def test_a_source_without_a_name_is_not_the_current_folder(tmp_path):
-    (tmp_path / "a.txt").write_text("some text")
-    with pytest.raises(prepare.InputError, match="a source without a name does not exist"):
-        make("", out="out")
-
-
 def test_a_file_name_that_is_not_utf8(tmp_path):
     try:
         (tmp_path / "caf\udce9.txt").write_text(prose(random.Random(27), 300))
@@ -458,26 +452,9 @@ def test_a_folder_on_another_disk(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "disk", "out"} and [p.name for p in (tmp_path / "disk").iterdir()] == ["mine"]
 
 
-def test_parquet_with_text_that_is_not_utf8(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\4\0\0\0"), pyarrow.py_buffer(b"caf\xe9")])
-    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(prepare.InputError, match="a.parquet:1: a field is not UTF-8 .*: convert the file first"):
-        make("a.parquet", out="out")
-
-
 def test_bad_input_on_the_command_line(tmp_path):
     result = script("missing.txt", cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1) and result.stderr.startswith("error: missing.txt does not exist")
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    bad_inputs(tmp_path)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(prepare.InputError, match="x.parquet: .parquet files need pyarrow: pip install pyarrow"):
-        make("x.parquet", out="out")
 
 
 def test_a_few_bytes_are_enough(tmp_path):

@@ -294,7 +294,7 @@ def test_prompts_from_a_file(ckpt, tmp_path):
     assert [answer["prompt"] for answer in answers] == ["the cat", "the\u2028mat"]
 
 
-def test_a_long_prompt_does_not_cut_the_others_short(ckpt, tmp_path, monkeypatch):
+def test_a_long_prompt_does_not_cut_the_others_short(ckpt, tmp_path):
     """At temperature 0 each prompt of a file gets what it gets alone."""
     prompts, options = ["the cat", "x" * 90, "mat"], [f"--ckpt={ckpt}", "--device=cpu", "--temperature=0", "--max_new_tokens=40"]
     alone, together = [], tmp_path / "all.jsonl"

@@ -5,6 +5,7 @@ import gzip
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,26 @@ def test_files_of_other_kinds_are_named_once(tmp_path):
         "set: left out 2 of 3 files (1 .csv, 1 .json.gz): only .txt .md .jsonl .jsonl.gz .parquet are read, convert the others first\n")
     done = call("prepare.py", "set", "missing.txt", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: missing.txt does not exist") and done.stderr.count("\n") == 1
+
+
+def test_a_source_without_a_name_is_not_the_current_folder(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(sources.InputError, match="a source without a name does not exist"):
+        make("", out="out")
+
+
+def test_parquet_with_text_that_is_not_utf8(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\4\0\0\0"), pyarrow.py_buffer(b"caf\xe9")])
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(sources.InputError, match="a.parquet:1: a field is not UTF-8 .*: convert the file first"):
+        make("a.parquet", out="out")
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_text("not parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(sources.InputError, match="x.parquet: .parquet files need pyarrow: pip install pyarrow"):
+        make("x.parquet", out="out")
