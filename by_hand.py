@@ -28,9 +28,14 @@ def portions(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.split(rows) for x in tensors))
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to be added to scores: 0 where it is True, -inf elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """model.py's rotate() of tokens that lie in a row.  x [N, H, D], cos and sin [N, D / 2]"""
-    out, cos, sin = torch.empty_like(x), cos[:, None], sin[:, None]
+    out, cos, sin = torch.empty_like(x) if out is None else out, cos[:, None], sin[:, None]
     (a, b), (first, second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
     torch.mul(b, cos, out=second).addcmul_(a, sin)
@@ -52,20 +57,29 @@ class RMSNormByHand(Function):
         for (xc, yc, scale), turns in RMSNormByHand.rows(rope, x, out, scales):
             xc = xc.to(weight.dtype)
             torch.linalg.vector_norm(xc, dim=-1, keepdim=True, out=scale).square_().div_(x.size(-1)).add_(eps).rsqrt_()
-            normed = (xc * scale).mul_(weight)
-            yc.copy_(turn(normed, *turns) if turns else normed)
+            normed = xc * scale
+            if not turns:
+                torch.mul(normed, weight, out=yc)
+            elif dtype == weight.dtype:
+                turn(normed.mul_(weight), *turns, out=yc)
+            else:
+                yc.copy_(turn(normed.mul_(weight), *turns))
         ctx.save_for_backward(x, weight, scales)
         return out
 
     @staticmethod
     def rows(rope, *tensors: Tensor):
         """Portions of the tensors, [rows, C] or [tokens, H, D] with cos and sin of each token."""
-        parts = [x.reshape(-1, *x.shape[2 if rope else -1 :]) for x in tensors]
-        first = 0
-        for part in portions(*parts):
-            place = torch.arange(first, first + len(part[0]))
-            yield part, [table[place % len(table)] for table in rope or ()]
-            first += len(place)
+        if rope is None:
+            yield from ((part, None) for part in portions(*(x.reshape(-1, x.size(-1)) for x in tensors)))
+            return
+        parts = list(portions(*(x.flatten(0, 1) for x in tensors)))
+        (B, T), rows = tensors[0].shape[:2], len(parts[0][0])
+        times = -(-rows // T) + 1 if B > 1 else 1  # that a portion, which may begin within a sequence, needs the tables one after the other
+        tables = [table.expand(times, -1, -1).reshape(-1, table.size(1)) for table in rope]
+        for n, part in enumerate(parts):
+            first = n * rows % T
+            yield part, [table[first : first + len(part[0])] for table in tables]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -84,24 +98,24 @@ class RMSNormByHand(Function):
 class AttentionByHand(Function):
     """Causal attention of whole sequences.  q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]
 
-    `pieces` are model.py's: (first query, end of the queries, first key, mask) of chunks of queries. A few sequences of one piece at a
-    time: their scores stay in the cache, and so does the change between the order of the projections, token by token, and that of the
-    products, head by head.
+    `pieces` are model.py's: (first query, end of the queries, first key, mask of their last keys to be added); what comes before those
+    keys is seen by all. A few sequences at a time: their scores stay in the cache, and so does the change between the order of the
+    projections, token by token, and that of the products, head by head.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pieces: list[tuple[int, int, int, Tensor]]) -> Tensor:
         K, out, probabilities = k.size(2), torch.empty(q.shape, dtype=q.dtype), []
-        biases = [torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf) for *_, mask in pieces]
         ctx.bounds = [bounds for *bounds, _ in pieces]
-        ctx.rows = max(1, 2 * PORTION // (q.size(2) * max(bias.numel() for bias in biases)))
+        ctx.rows = max(1, 2 * PORTION // (q.size(2) * max((j - i) * (j - lo) for i, j, lo in ctx.bounds)))
         for qr, kr, vr, outr in zip(*(x.split(ctx.rows) for x in (q, k, v, out))):
-            for (i, j, lo), bias in zip(ctx.bounds, biases):
-                scores = (by_head(qr[:, i:j], K) * q.size(-1) ** -0.5) @ by_head(kr[:, lo:j], K).mT
-                scores.unflatten(1, (-1, j - i)).add_(bias)
+            qr, keys, values = qr * q.size(-1) ** -0.5, by_head(kr, K), by_head(vr, K)
+            for i, j, lo, bias in pieces:
+                scores = torch.bmm(by_head(qr[:, i:j], K), keys[:, lo:j].mT)
+                scores.unflatten(1, (-1, j - i))[..., j - lo - bias.size(1) :].add_(bias)
                 p = scores.softmax(-1)
                 probabilities.append(p)
-                from_heads(p @ by_head(vr[:, lo:j], K), outr[:, i:j])
+                from_heads(torch.bmm(p, values[:, lo:j]), outr[:, i:j])
         ctx.save_for_backward(q, k, v, *probabilities)
         return out
 
@@ -112,14 +126,16 @@ class AttentionByHand(Function):
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         wide = torch.promote_types(q.dtype, torch.float32)
         for qr, kr, vr, gr, grad_q, grad_k, grad_v in zip(*(x.split(ctx.rows) for x in (q, k, v, grad, *grads))):
+            keys, values = by_head(kr, K), by_head(vr, K)
             # Keys and values are seen by several chunks: their gradients add up.
-            sum_k, sum_v = (torch.zeros(len(qr) * K, q.size(1), q.size(-1), dtype=wide) for _ in range(2))
+            sum_k, sum_v = (torch.zeros(keys.shape, dtype=wide) for _ in range(2))
             for i, j, lo in ctx.bounds:
                 p, g = next(kept), by_head(gr[:, i:j], K)
-                ds = torch.ops.aten._softmax_backward_data(g @ by_head(vr[:, lo:j], K).mT, p, -1, p.dtype)
-                from_heads((ds @ by_head(kr[:, lo:j], K)).mul_(scale), grad_q[:, i:j])
-                sum_k[:, lo:j] += ds.mT @ by_head(qr[:, i:j], K)
-                sum_v[:, lo:j] += p.mT @ g
+                ds = torch.ops.aten._softmax_backward_data(torch.bmm(g, values[:, lo:j].mT), p, -1, p.dtype)
+                from_heads(torch.bmm(ds, keys[:, lo:j]), grad_q[:, i:j])
+                sum_k[:, lo:j] += torch.bmm(ds.mT, by_head(qr[:, i:j], K))
+                sum_v[:, lo:j] += torch.bmm(p.mT, g)
+            grad_q.mul_(scale)
             from_heads(sum_k.mul_(scale), grad_k)
             from_heads(sum_v, grad_v)
         return *grads, None

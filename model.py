@@ -11,6 +11,7 @@ Hugging Face loads into it unchanged (`Flow.from_pretrained`).
 B batch, T new tokens, S keys seen, C = d_model, H query heads, K key/value heads, D = head_dim, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -157,7 +158,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     # On a CPU three plain operations train 1.4 to 2.3 times as fast as the fused kernel, whose bf16 backward is slow.
     scores = (q * D**-0.5) @ k.mT  # [B, K, H/K * T, S]
     if mask is not None:
-        scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        scores = scores + by_hand.additive(mask, q.dtype)
     return (scores.softmax(-1) @ v).view(B, H, T, D)
 
 
@@ -177,6 +178,13 @@ def chunks_of_queries(T: int, window: int | None, size: int, device) -> list[tup
         j, lo = min(i + size, T), 0 if window is None else max(0, i - window + 1) // 32 * 32
         chunks.append((i, j, lo, band(pos[i:j], pos[lo:j], window)))
     return chunks
+
+
+@functools.lru_cache(maxsize=8)  # every layer and every step asks again
+def pieces(T: int, window: int | None, size: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor]]:
+    """chunks_of_queries as by_hand.py takes them: masks to be added, in a global layer without the keys before i, which all may see."""
+    chunks = chunks_of_queries(T, window, size, "cpu")
+    return [(i, j, lo, by_hand.additive(mask if window else mask[:, i:], dtype)) for i, j, lo, mask in chunks]
 
 
 def flashes(q: Tensor, k: Tensor) -> bool:
@@ -288,8 +296,7 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, H or K, D]
         q, k = self.q_norm(q, rope), self.k_norm(k, rope)
         if cache is None and by_hand.worthwhile(x):
-            chunks = chunks_of_queries(T, self.window, CHUNK, x.device)
-            return self.o_proj(by_hand.AttentionByHand.apply(q, k, v, chunks).flatten(2))
+            return self.o_proj(by_hand.AttentionByHand.apply(q, k, v, pieces(T, self.window, CHUNK, q.dtype)).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
         y = causal_attention(q, k, v, self.window) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
