@@ -206,15 +206,36 @@ def time_constants(n: int, longest: float) -> Tensor:
 # -------------------------------------------------------------------------------------------------- the associative memory
 
 
+class Delay(torch.autograd.Function):
+    """Equal parts of the fibres, each so many tokens late: sent [B, M + T, N] -> [B, T, N]. Autograd would fill and add up a whole
+    tensor for every part."""
+
+    @staticmethod
+    def forward(ctx, sent: Tensor, T: int, tokens: tuple[int, ...]) -> Tensor:
+        ctx.shape, ctx.tokens = sent.shape, tokens
+        return torch.cat(Delay.parts(sent, T, tokens), -1)
+
+    @staticmethod
+    def parts(sent: Tensor, T: int, tokens: tuple[int, ...]) -> list[Tensor]:
+        longest = sent.size(1) - T
+        return [part[:, longest - d : longest - d + T] for d, part in zip(tokens, sent.tensor_split(len(tokens), -1))]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_sent = grad.new_zeros(ctx.shape)
+        for part, g in zip(Delay.parts(grad_sent, grad.size(1), ctx.tokens), grad.tensor_split(len(ctx.tokens), -1)):
+            part.copy_(g)
+        return grad_sent, None, None
+
+
 def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Spikes that arrive some tokens late (axonal delay), equal parts of the N fibres by as many as `tokens` says.
 
     s [B, T, N], late [B, M, N] = what the M tokens before sent, M the longest delay -> what arrives [B, T, N] and the new `late`.
     """
-    T, longest = s.size(1), late.size(1)
+    T = s.size(1)
     sent = torch.cat([late.to(s.dtype), s], 1)
-    arrived = [part[:, longest - d : longest - d + T] for d, part in zip(tokens, sent.tensor_split(len(tokens), -1))]
-    return torch.cat(arrived, -1) if len(arrived) > 1 else arrived[0], sent[:, T:].clone()  # a view would keep all of `sent` alive
+    return Delay.apply(sent, T, tokens), sent[:, T:].clone()  # a view would keep all of `sent` alive
 
 
 class Memory(nn.Module):

@@ -72,6 +72,8 @@ def test_delayed_spikes_arrive_as_many_tokens_late_as_they_should(tokens, N):
         piece, on_the_way = delay(sent[:, t : t + 1], on_the_way, tokens)
         pieces.append(piece)
     assert torch.equal(torch.cat(pieces, 1), arrived) and torch.equal(on_the_way, late)
+    s, before = sent[:, longest:].double().requires_grad_(), sent[:, :longest].double()
+    assert torch.autograd.gradcheck(lambda s: delay(s, before, tokens)[0], s)
 
 
 def test_flops_count_what_the_matrix_products_do():
