@@ -113,7 +113,7 @@ class AttentionByHand(Function):
             for i, j, lo, bias in pieces:
                 scores = torch.bmm(by_head(qr[:, i:j], K), keys[:, lo:j].mT)
                 scores.unflatten(1, (-1, j - i))[..., j - lo - bias.size(1) :].add_(bias)
-                p = scores.softmax(-1)
+                p = torch.softmax(scores, -1, out=scores)  # row by row, so in place
                 probabilities.append(p)
                 from_heads(torch.bmm(p, values[:, lo:j]), outr[:, i:j])
         ctx.save_for_backward(q, k, v, *probabilities)
@@ -131,7 +131,8 @@ class AttentionByHand(Function):
             sum_k, sum_v = (torch.zeros(keys.shape, dtype=wide) for _ in range(2))
             for i, j, lo in ctx.bounds:
                 p, g = next(kept), by_head(gr[:, i:j], K)
-                ds = torch.ops.aten._softmax_backward_data(torch.bmm(g, values[:, lo:j].mT), p, -1, p.dtype)
+                ds = torch.bmm(g, values[:, lo:j].mT)
+                torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
                 from_heads(torch.bmm(ds, keys[:, lo:j]), grad_q[:, i:j])
                 sum_k[:, lo:j] += torch.bmm(ds.mT, by_head(qr[:, i:j], K))
                 sum_v[:, lo:j] += torch.bmm(p.mT, g)
