@@ -235,7 +235,8 @@ def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Ten
     """
     T = s.size(1)
     sent = torch.cat([late.to(s.dtype), s], 1)
-    return Delay.apply(sent, T, tokens), sent[:, T:].clone()  # a view would keep all of `sent` alive
+    arrived = Delay.apply(sent, T, tokens) if sent.requires_grad else torch.cat(Delay.parts(sent, T, tokens), -1)
+    return arrived, sent[:, T:].clone()  # a view would keep all of `sent` alive
 
 
 class Memory(nn.Module):
