@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from membranes import CHUNK, compiled_apart
+from membranes import CHUNK, Function, compiled_apart
 
 
-class Unit(torch.autograd.Function):
+class Unit(Function):
     """x / sqrt(|x|² + eps) over the last dimension."""
 
     @staticmethod
@@ -51,7 +51,7 @@ recall = compiled_apart(recall, lambda own, seen, kept, left, first: (first.new_
 recall_gradients = compiled_apart(recall_gradients, lambda *args: tuple(map(torch.empty_like, args[-2:])))
 
 
-class Recall(torch.autograd.Function):
+class Recall(Function):
     """A matrix S that chunks of a sequence write in turn: W_i = own_i - seen_i S_i and S_{i+1} = left_i S_i + kept_iᵀ W_i.
 
     own, seen, kept [n, B H, L, D], left [n, B H, 1, 1], S_0 [B H, D, D] -> S [n + 1, B H, D, D], W [n, B H, L, D]
@@ -105,7 +105,7 @@ def associate(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, write: Tensor, S: 
     solved = torch.linalg.solve_triangular(system, torch.cat([w * v, w * a * k], -1), upper=False, unitriangular=True)
     own, seen = solved.chunk(2, -1)  # a chunk writes own - seen S
     kept = k * (c[..., -1:] - c).exp()[..., None]
-    S, writes = Recall.apply(own, seen, kept, a[..., -1:, :], S)
+    S, writes = Recall.run(own, seen, kept, a[..., -1:, :], S)
     o = ((q @ k.mT) * fade) @ writes + a * (q @ S[:-1])
     o = o.unflatten(1, (B, H)).permute(1, 0, 3, 2, 4).reshape(B, n * L, H, D)[:, :T]  # as they lie side by side in a token's row
     return o.transpose(1, 2), S[-1].view(B, H, D, D).clone()  # a view would keep those of all chunks alive

@@ -20,7 +20,23 @@ CHUNK = 32  # tokens of a sequence that the parallel forms take in one piece
 SHARPNESS = 2.0  # 1 / half-width, in thresholds, of the surrogate's blur
 
 
-class Fire(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """A function with its gradient by hand. Where none is recorded run() is forward() alone: PyTorch's apply() takes longer than the
+    numbers of a single token."""
+
+    @classmethod
+    def run(cls, *args):
+        return cls.apply(*args) if torch.is_grad_enabled() else cls.forward(Unrecorded(), *args)
+
+
+class Unrecorded:
+    """The context of a forward() without a backward()."""
+
+    def save_for_backward(self, *tensors: Tensor):
+        pass
+
+
+class Fire(Function):
     """Membranes -> spike counts: num_steps micro-steps of integrate-and-fire with soft reset, in closed form.
 
     A membrane above the threshold fires and loses one threshold, num_steps times: clamp(ceil(U - 1), 0, num_steps) spikes, the
@@ -55,7 +71,7 @@ class Fire(torch.autograd.Function):
         return torch.addcmul(a.new_zeros(()), angle, grad, value=1 / math.pi), *[None] * 6
 
 
-class Square(torch.autograd.Function):
+class Square(Function):
     """relu(x)², in half of the passes over memory."""
 
     @staticmethod
@@ -70,7 +86,7 @@ class Square(torch.autograd.Function):
         return (grad * x).mul_(2)
 
 
-class Drive(torch.autograd.Function):
+class Drive(Function):
     """The input current of neurons: x / rms(x) * gain + bias over the last dimension.
 
     F.rms_norm and two more operations give the same; by hand forward and backward take half as many passes over memory.
@@ -157,7 +173,7 @@ def chunked_scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) 
 scan = compiled_apart(scan, lambda x, beta, carry, reverse=False: torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
-class Leak(torch.autograd.Function):
+class Leak(Function):
     """The membranes of a whole sequence, U_t = beta_t U_{t-1} + (1 - beta_t) I_t with beta = sigmoid(z).
 
     current I, z [B, T, N], mem [B, N] -> U [B, T, N]. The gradient is the same recurrence run backwards.

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from associate import Unit, associate
 from loss import linear_cross_entropy
-from membranes import CHUNK, THRESHOLD, Drive, Fire, Leak, Square
+from membranes import CHUNK, THRESHOLD, Drive, Fire, Function, Leak, Square
 
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
@@ -164,17 +164,17 @@ class Neuron(snntorch.Leaky):
         """Spike counts of membranes, in the dtype of the matrix product that follows (counts are exact in any)."""
         device = mem.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else mem.dtype
-        return Fire.apply(mem, self.rheobase, self.config.num_steps, self.signed, dtype, self.price, self.fine)
+        return Fire.run(mem, self.rheobase, self.config.num_steps, self.signed, dtype, self.price, self.fine)
 
     def drive(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 membranes would flip 0.6 % of the spikes
-        return Drive.apply(x, gain, bias, self.config.norm_eps) if self.normed else x * gain + bias
+        return Drive.run(x, gain, bias, self.config.norm_eps) if self.normed else x * gain + bias
 
     def forward(self, x: Tensor, mem: Tensor | None = None, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, N], the membranes [B, N] before it and, if gated, g [B, T, N] -> spikes [B, T, N] and the membranes after it."""
         current = self.drive(x, self.gain, self.bias)
         if self.square:
-            current = Square.apply(current)
+            current = Square.run(current)
         if not self.leaky:
             return self.fire(current), None
         z = self.leak.expand_as(current) if gate is None else self.drive(gate, self.gate_gain, self.leak)
@@ -183,7 +183,7 @@ class Neuron(snntorch.Leaky):
             spikes, mem = super().forward((1 - self.beta) * current[:, 0], mem)
             self.beta, self.mem = self.beta.detach(), mem.detach()  # never read again; they must not keep a graph alive
             return spikes[:, None], mem
-        U = Leak.apply(current, z, mem)
+        U = Leak.run(current, z, mem)
         return self.fire(U), U[:, -1].clone()  # a view would keep the membranes of all tokens alive
 
 
@@ -206,7 +206,7 @@ def time_constants(n: int, longest: float) -> Tensor:
 # -------------------------------------------------------------------------------------------------- the associative memory
 
 
-class Delay(torch.autograd.Function):
+class Delay(Function):
     """Equal parts of the fibres, each so many tokens late: sent [B, M + T, N] -> [B, T, N]. Autograd would fill and add up a whole
     tensor for every part."""
 
@@ -235,8 +235,7 @@ def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Ten
     """
     T = s.size(1)
     sent = torch.cat([late.to(s.dtype), s], 1)
-    arrived = Delay.apply(sent, T, tokens) if sent.requires_grad else torch.cat(Delay.parts(sent, T, tokens), -1)
-    return arrived, sent[:, T:].clone()  # a view would keep all of `sent` alive
+    return Delay.run(sent, T, tokens), sent[:, T:].clone()  # a view would keep all of `sent` alive
 
 
 class Memory(nn.Module):
@@ -281,7 +280,7 @@ class Memory(nn.Module):
         v, _ = self.v(self.v_proj(s))
         k, late = delay(k, late, (1,))
         q, k, v = (z.to(S.dtype).view(B, T, self.config.n_head, -1).transpose(1, 2) for z in (q, k, v))  # [B, H, T, D]
-        q, k = (Unit.apply(z, KEY_EPS) for z in (q, k))
+        q, k = (Unit.run(z, KEY_EPS) for z in (q, k))
         decay = -F.softplus(self.decay(s).to(S.dtype)).transpose(1, 2)
         write = self.write(s).to(S.dtype).sigmoid().transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):

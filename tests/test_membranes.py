@@ -8,7 +8,7 @@ import pytest
 import snntorch
 import torch
 
-from membranes import CHUNK, Leak, scan
+from membranes import CHUNK, Drive, Leak, scan
 from snn_model import Neuron, Pulse, PulseConfig, encoder
 
 CONFIG = PulseConfig(num_steps=3)
@@ -222,3 +222,11 @@ def test_a_scan_is_one_operation_to_torch_compile():
     compiled = torch.compile(lambda x: scan(x, x, x[:, 0]), backend=lambda graph, _: graphs.append(str(graph.graph)) or graph.forward)
     assert torch.equal(compiled(x), scan(x, x, x[:, 0]))
     assert len(graphs) == 1 and graphs[0].count("slms.scan") == 1 and "addcmul" not in graphs[0]
+
+
+def test_where_no_gradient_is_recorded_the_numbers_are_the_same():
+    x, gain, bias = torch.randn(2, 5, 8, requires_grad=True), torch.rand(8), torch.rand(8)
+    recorded = Drive.run(x, gain, bias, 1e-6)
+    with torch.no_grad():
+        alone = Drive.run(x, gain, bias, 1e-6)
+    assert torch.equal(recorded, alone) and recorded.requires_grad and not alone.requires_grad
