@@ -7,8 +7,9 @@ taken in portions that stay in the cache from the first operation to the last.
 B batch, T tokens, C channels, H query heads, K key/value heads, D = head_dim.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -95,10 +96,17 @@ class RMSNormByHand(Function):
         return grad_x, grad_w, None, None, None
 
 
+@functools.lru_cache(maxsize=8)  # every layer and every step asks again
+def pieces(chunks_of_queries: Callable, T: int, window: int | None, size: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor]]:
+    """model.py's chunks_of_queries with masks to be added, in a global layer without the keys before the first query: all may see them."""
+    chunks = chunks_of_queries(T, window, size, "cpu")
+    return [(i, j, lo, additive(mask if window else mask[:, i:], dtype)) for i, j, lo, mask in chunks]
+
+
 class AttentionByHand(Function):
     """Causal attention of whole sequences.  q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]
 
-    `pieces` are model.py's: (first query, end of the queries, first key, mask of their last keys to be added); what comes before those
+    `pieces`, as above: (first query, end of the queries, first key, mask of their last keys to be added); what comes before those
     keys is seen by all. A few sequences at a time: their scores stay in the cache, and so does the change between the order of the
     projections, token by token, and that of the products, head by head.
     """

@@ -1,4 +1,5 @@
-"""What the neurons of Pulse compute for a whole sequence at once: input currents, leaking membranes, spikes, each with its gradient.
+"""What the neurons of Pulse compute for a whole sequence at once: input currents, leaking membranes, spikes and
+their delays, each with its gradient.
 
 The gradients are written by hand. Firing has none, so a surrogate takes its place. Autograd could find the others, but on a CPU a
 small Pulse would then spend most of its training on passes over memory, not on matrix products.
@@ -106,6 +107,28 @@ class Drive(Function):
         grad_x = (grad * gain).addcmul_(normed, (aligned @ gain)[..., None], value=-1 / gain.numel()).mul_(scale)
         rows = tuple(range(grad.ndim - 1))
         return grad_x, aligned.sum(rows), grad.sum(rows), None
+
+
+class Delay(Function):
+    """Equal parts of the fibres, each so many tokens late: sent [B, M + T, N] -> [B, T, N]. Autograd would fill and add up a whole
+    tensor for every part."""
+
+    @staticmethod
+    def forward(ctx, sent: Tensor, T: int, tokens: tuple[int, ...]) -> Tensor:
+        ctx.shape, ctx.tokens = sent.shape, tokens
+        return torch.cat(Delay.parts(sent, T, tokens), -1)
+
+    @staticmethod
+    def parts(sent: Tensor, T: int, tokens: tuple[int, ...]) -> list[Tensor]:
+        longest = sent.size(1) - T
+        return [part[:, longest - d : longest - d + T] for d, part in zip(tokens, sent.tensor_split(len(tokens), -1))]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_sent = grad.new_zeros(ctx.shape)
+        for part, g in zip(Delay.parts(grad_sent, grad.size(1), ctx.tokens), grad.tensor_split(len(ctx.tokens), -1)):
+            part.copy_(g)
+        return grad_sent, None, None
 
 
 def compiled_apart(op: Callable, like: Callable) -> Callable:

@@ -11,7 +11,6 @@ Hugging Face loads into it unchanged (`Flow.from_pretrained`).
 B batch, T new tokens, S keys seen, C = d_model, H query heads, K key/value heads, D = head_dim, V vocabulary.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -180,13 +179,6 @@ def chunks_of_queries(T: int, window: int | None, size: int, device) -> list[tup
     return chunks
 
 
-@functools.lru_cache(maxsize=8)  # every layer and every step asks again
-def pieces(T: int, window: int | None, size: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor]]:
-    """chunks_of_queries as by_hand.py takes them: masks to be added, in a global layer without the keys before i, which all may see."""
-    chunks = chunks_of_queries(T, window, size, "cpu")
-    return [(i, j, lo, by_hand.additive(mask if window else mask[:, i:], dtype)) for i, j, lo, mask in chunks]
-
-
 def flashes(q: Tensor, k: Tensor) -> bool:
     """Whether flash attention can be asked for directly: half precision on an NVIDIA GPU of 2020 or later."""
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
@@ -296,7 +288,8 @@ class Attention(nn.Module):
         q, k, v = (proj(x).view(B, T, -1, self.config.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, H or K, D]
         q, k = self.q_norm(q, rope), self.k_norm(k, rope)
         if cache is None and by_hand.worthwhile(x):
-            return self.o_proj(by_hand.AttentionByHand.apply(q, k, v, pieces(T, self.window, CHUNK, q.dtype)).flatten(2))
+            pieces = by_hand.pieces(chunks_of_queries, T, self.window, CHUNK, q.dtype)
+            return self.o_proj(by_hand.AttentionByHand.apply(q, k, v, pieces).flatten(2))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H or K, T, D]
         y = causal_attention(q, k, v, self.window) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))

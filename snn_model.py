@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from associate import Unit, associate
 from loss import linear_cross_entropy
-from membranes import CHUNK, THRESHOLD, Drive, Fire, Function, Leak, Square
+from membranes import CHUNK, THRESHOLD, Delay, Drive, Fire, Leak, Square
 
 # How strongly a neuron is driven at the start. K levels are worth having only if they are used: with a gain of 1 most neurons
 # fire once or not at all, and digits are copied wrongly.
@@ -206,28 +206,6 @@ def time_constants(n: int, longest: float) -> Tensor:
 # -------------------------------------------------------------------------------------------------- the associative memory
 
 
-class Delay(Function):
-    """Equal parts of the fibres, each so many tokens late: sent [B, M + T, N] -> [B, T, N]. Autograd would fill and add up a whole
-    tensor for every part."""
-
-    @staticmethod
-    def forward(ctx, sent: Tensor, T: int, tokens: tuple[int, ...]) -> Tensor:
-        ctx.shape, ctx.tokens = sent.shape, tokens
-        return torch.cat(Delay.parts(sent, T, tokens), -1)
-
-    @staticmethod
-    def parts(sent: Tensor, T: int, tokens: tuple[int, ...]) -> list[Tensor]:
-        longest = sent.size(1) - T
-        return [part[:, longest - d : longest - d + T] for d, part in zip(tokens, sent.tensor_split(len(tokens), -1))]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_sent = grad.new_zeros(ctx.shape)
-        for part, g in zip(Delay.parts(grad_sent, grad.size(1), ctx.tokens), grad.tensor_split(len(ctx.tokens), -1)):
-            part.copy_(g)
-        return grad_sent, None, None
-
-
 def delay(s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Spikes that arrive some tokens late (axonal delay), equal parts of the N fibres by as many as `tokens` says.
 
@@ -398,10 +376,11 @@ class Pulse(nn.Module):
         """
         if state is not None and state.batch_size != idx.size(0):
             raise ValueError(f"the state holds {state.batch_size} sequences, the input {idx.size(0)}: make one with init_state")
-        pairs = self.fan_outs()
-        synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in pairs)
-        for neuron, fan_out in pairs:
-            neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel() * neuron.fine) if self.training else 0.0
+        if torch.is_grad_enabled():  # only a gradient has use for prices
+            pairs = self.fan_outs()
+            synapses = sum(neuron.gain.numel() * fan_out for neuron, fan_out in pairs)
+            for neuron, fan_out in pairs:
+                neuron.price = self.rate_penalty * fan_out / (synapses * idx.numel() * neuron.fine) if self.training else 0.0
         states = self.empty_states(idx.size(0)) if state is None else state.layers
         if state is not None and not torch.is_grad_enabled():
             x = F.embedding(idx, self.table)

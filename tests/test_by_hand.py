@@ -5,7 +5,7 @@ import torch
 
 import by_hand
 import training_memory
-from model import Flow, FlowConfig, RMSNorm, causal_attention, pieces, rope_table, rotate
+from model import Flow, FlowConfig, RMSNorm, causal_attention, chunks_of_queries, rope_table, rotate
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def heads(B, T, H, K, D=4, dtype=torch.float64):
 
 
 def attention_by_hand(q, k, v, window, size=128):
-    return by_hand.AttentionByHand.apply(q, k, v, pieces(q.size(1), window, size, q.dtype))
+    return by_hand.AttentionByHand.apply(q, k, v, by_hand.pieces(chunks_of_queries, q.size(1), window, size, q.dtype))
 
 
 @pytest.mark.parametrize("portion", [1, 700, 2**19])
