@@ -46,7 +46,7 @@ class Recipe:
     lr: tuple[float, float, float]  # their peaks
 
 
-# nano's rates are from sweeps over whole curricula (docs/pulse.md). Phase 1: of 0.003 to 0.016 this one solves most problems afterwards.
+# nano's rates are from sweeps over whole curricula (docs/pulse_log.md). Phase 1: of 0.003 to 0.016 this one solves most problems later.
 # Phase 2: half the batch of phase 1, at 1/sqrt(2) of its rate; so many steps because sums are learned late. Phase 3, which is short:
 # a quarter is better than half and all of it. The other presets' rates follow from nano's of phases 1 and 3 by 1/sqrt(d_model) (their
 # batch is not halved in phase 2), their steps give 20 tokens per parameter: neither has been tried.

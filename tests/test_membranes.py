@@ -194,7 +194,7 @@ def test_firing_takes_nothing_from_the_membrane_and_currents_do_not_add_up():
 
 
 def test_first_weights():
-    """What docs/pulse.md found to matter: small matrices before a normalization, outputs by depth, gains by what a neuron is for."""
+    """What docs/pulse_log.md found to matter: small matrices before a normalization, outputs by depth, gains by what a neuron is for."""
     config = PulseConfig(vocab_size=300, n_layer=4, d_model=128, d_hidden=192, d_ff=352)
     torch.manual_seed(0)
     model = Pulse(config)
