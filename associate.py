@@ -39,7 +39,7 @@ def recall(own: Tensor, seen: Tensor, kept: Tensor, left: Tensor, first: Tensor)
 
 
 def recall_gradients(seen: Tensor, kept: Tensor, left: Tensor, grad_S: Tensor, grad_W: Tensor) -> tuple[Tensor, Tensor]:
-    """The same loop backwards: the whole gradients of S and W, from those of what was made of each S and W."""
+    """The same loop backwards: the whole gradients of S and W, from those that reach them from outside the loop."""
     grad_S, grad_W = grad_S.clone(), grad_W.clone()
     for i in range(len(grad_W) - 1, -1, -1):
         grad_W[i].baddbmm_(kept[i], grad_S[i + 1])

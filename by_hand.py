@@ -1,6 +1,6 @@
 """What training a Flow on a CPU spends its time on besides matrix products, each with a gradient written by hand.
 
-model.py says in plain PyTorch what these functions compute; a GPU, torch.compile and inference take it from there. On a CPU the plain
+model.py says in plain PyTorch what these functions compute; a GPU, torch.compile and inference use that form. On a CPU the plain
 form reads and writes every intermediate result through main memory and keeps most of them for the backward pass. Here the rows are
 taken in portions that stay in the cache from the first operation to the last.
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-PORTION = 2**19  # numbers of the first of the tensors: from 2**18 to 2**20 there is little difference
+PORTION = 2**19  # elements of the first tensor in a portion: 2**18 to 2**20 are about as fast
 
 
 def worthwhile(x: Tensor) -> bool:
@@ -76,7 +76,7 @@ class RMSNormByHand(Function):
             return
         parts = list(portions(*(x.flatten(0, 1) for x in tensors)))
         (B, T), rows = tensors[0].shape[:2], len(parts[0][0])
-        times = -(-rows // T) + 1 if B > 1 else 1  # that a portion, which may begin within a sequence, needs the tables one after the other
+        times = -(-rows // T) + 1 if B > 1 else 1  # copies of the tables in a row: a portion may begin inside a sequence
         tables = [table.expand(times, -1, -1).reshape(-1, table.size(1)) for table in rope]
         for n, part in enumerate(parts):
             first = n * rows % T
@@ -98,7 +98,7 @@ class RMSNormByHand(Function):
 
 @functools.lru_cache(maxsize=8)  # every layer and every step asks again
 def pieces(chunks_of_queries: Callable, T: int, window: int | None, size: int, dtype: torch.dtype) -> list[tuple[int, int, int, Tensor]]:
-    """model.py's chunks_of_queries with masks to be added, in a global layer without the keys before the first query: all may see them."""
+    """model.py's chunks_of_queries (passed in: it imports this file) with masks to add, in a global layer without keys that all may see."""
     chunks = chunks_of_queries(T, window, size, "cpu")
     return [(i, j, lo, additive(mask if window else mask[:, i:], dtype)) for i, j, lo, mask in chunks]
 

@@ -65,7 +65,7 @@ def find_checkpoint(ckpt: str | Path | None, model: str | None = None) -> Path:
     """
     if ckpt is not None and (Path(ckpt).is_file() or (Path(ckpt) / "config.json").is_file()):
         return Path(ckpt)
-    # In a folder last.pt, an unfinished phase, goes on from the latest finished one; times would not survive copying a run.
+    # last.pt, an unfinished phase, is newer than all finished ones. File times cannot tell: a copied run has others.
     names = ["last.pt", *(f"phase{n}.pt" for n in sorted(PHASES, reverse=True))]
     folders = [Path(ckpt)] if ckpt is not None else Path("out").glob("*/")
     files = [file for folder in folders if (file := next((folder / n for n in names if (folder / n).exists()), None))]

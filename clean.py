@@ -1,8 +1,8 @@
 """What happens to a document before the tokenizer sees it: its text is cleaned, judged, and compared with all the others.
 
 clean_chunk() is what prepare.py's worker processes run on a few hundred documents at a time; Spool keeps the survivors on
-disk and finds the copies among them; assign_splits() decides what is for training and what for validation. Nothing here
-grows with the text: memory is a chunk per process and some 16 bytes per document.
+disk and finds the copies among them; assign_splits() decides what is for training and what for validation. Memory grows
+with the number of documents only: some 20 bytes for each, beside a chunk per process.
 """
 
 import hashlib
@@ -398,9 +398,9 @@ def assign_splits(spool: Spool, phases: dict[int, list[tuple[int, int]]], val_fr
     """Documents of each phase (ranges of spool's documents), one per cluster of copies, and their split.
 
     A cluster is on the same side in all phases: validation if a source says so for one of its documents, training if one
-    says that, else by the hash of its first text, of a chat of its first question. A phase in which val_fraction of the
-    documents without a label is less than one document has the last tenth of their text, or val_fraction if that is more, for
-    validation instead, without those that a phase of fewer documents has divided before it.
+    says that, else by the hash of its first text (of a chat: its first question). If val_fraction of a phase's unlabelled
+    documents is less than one, the last tenth of their text (or val_fraction, if that is more) is for validation instead;
+    documents that a phase with fewer of them has already divided are left as they are.
     """
     root, exact = spool.clusters()
     n = spool.n

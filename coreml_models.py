@@ -68,7 +68,7 @@ class OnDevice(nn.Module):
         return x.permute(0, 2, 3, 1) if last == "t" else x.permute(0, 2, 1, 3)
 
     def delay(self, s: Tensor, late: Tensor, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """snn_model.delay: s [1, N, 1, Q] or [1, Q, N], late [1, N, 1, D] or [1, D, N] -> (what arrives, the new `late`)"""
+        """snn_model.delay: s [1, N, 1, Q] or [1, Q, N], late [1, N, 1, M] or [1, M, N] -> (what arrives, the new `late`)"""
         longest = max(tokens)
         sent = torch.cat([late, s], self.t)
         parts = sent.split([len(part) for part in torch.arange(s.size(self.c)).tensor_split(len(tokens))], self.c)
@@ -235,7 +235,7 @@ class NeuronOnDevice(OnDevice):
         self.constant("root_eps", neuron.config.norm_eps**0.5, 0, 1)
 
     def fire(self, mem: Tensor) -> Tensor:
-        """A membrane n thresholds high fires n spikes, at most num_steps."""
+        """A membrane above n thresholds fires n spikes, at most num_steps."""
         if not self.signed:
             return (mem - self.least).ceil().clamp(0, self.num_steps)
         return (mem.abs() - self.least).ceil().clamp(0, self.num_steps) * mem.sign()
@@ -258,7 +258,7 @@ class NeuronOnDevice(OnDevice):
 
 
 class MemoryOnDevice(OnDevice):
-    """The associative memory for Q tokens: reads, then writes what it does not know yet, token by token."""
+    """The associative memory for Q tokens: writes what it does not know yet, then reads, token by token."""
 
     def __init__(self, memory, target: str, Q: int):
         super().__init__(target, Q)
@@ -314,15 +314,15 @@ class PulseOnDevice(OnDevice):
             self.make_head(model.lm_head.weight)
 
     def block(self, source, target: str) -> nn.Module:
-        block = OnDevice(target, self.Q)
+        block, feed = OnDevice(target, self.Q), nn.Module()
         block.memory = MemoryOnDevice(source.memory, target, self.Q) if source.memory is not None else None
-        for part, ours in ((source, block), (source.feed_forward, nn.Module())):
+        for part, ours in ((source, block), (source.feed_forward, feed)):
             ours.encode, ours.hidden = NeuronOnDevice(part.encode, target, self.Q), NeuronOnDevice(part.hidden, target, self.Q)
             for name, layer in part.named_children():
                 if isinstance(layer, nn.Linear):
                     setattr(ours, name, self.matrix(layer.weight))
         block.gate_encode = NeuronOnDevice(source.gate_encode, target, self.Q) if source.gate_encode is not None else None
-        block.feed_forward = ours
+        block.feed_forward = feed
         return block
 
     def vector(self, n: int) -> tuple[int, ...]:

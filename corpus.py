@@ -2,7 +2,7 @@
 
 The prose comes from the docstrings and longer comments of Python's standard library and of the packages that requirements.txt
 installs (their files are parsed, never imported); the word problems are those of word_problems.py. So a first run needs no
-download, and the text depends on nothing but the installed versions. prepare.py reads it;
+download, and the text depends on nothing but the installed versions. prepare.py reads it.
 
     python corpus.py 1      shows ten documents of phase 1 (15 to 30 s on two cores); 2 and 3 likewise
 """
@@ -59,7 +59,7 @@ def documents(phase: int, packages: tuple[str, ...] = PACKAGES) -> Iterator[tupl
                 yield split, group
         else:
             prose_texts = pack(itertools.chain.from_iterable(texts), SHORT, LONG)
-            yield from ((split, text) for text in itertools.islice(prose_texts, 0, None, phase))
+            yield from ((split, text) for text in itertools.islice(prose_texts, 0, None, phase))  # 1: all, 2: every second
             if phase == 2:
                 yield from ((split, [problem]) for problem in problems(split, count))
 

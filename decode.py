@@ -1,7 +1,7 @@
 """Decoding: a Flow that writes one token per sequence and step, in few and large operations.
 
-A step of a small model is not bound by arithmetic but by its hundreds of calls of a microsecond each, that of a larger one by
-the bytes of its weights, all of which every token reads. `Decoder` is the network of model.py once more, for this case alone:
+A step of a small model is bound by its hundreds of calls of a microsecond each, not by arithmetic; that of a larger one by
+memory, because every token reads all of the weights. `Decoder` is the network of model.py once more, for this case alone:
 no modules, no mask, one normalisation for all heads, with the same state and the same logits. int8=True reads a quarter of the
 bytes of large matrices. Eight and more sequences at once on a CPU multiply with a copy of the large matrices: twice the memory.
 
@@ -48,7 +48,7 @@ def eight_bits(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor]
 
 
 def as_they_are(weights: list[Tensor], gain: Tensor | float) -> Callable[[Tensor], Tensor]:
-    # MKL multiplies a large fp32 matrix with one vector at half the speed of the memory, as a batch of 16-row matrices at nine tenths.
+    # With one vector MKL reads a large fp32 matrix at half the speed of the memory, as a batch of 16-row matrices at nine tenths of it.
     # A few vectors it multiplies 1.5 to 2.7 times as fast when they stand on the right (2 to 4 of them, measured with AVX2). MANY are
     # multiplied by oneDNN, with a copy of the matrices in its own order: 1.2 to 2.5 times as fast (8 to 128 vectors, with AVX-512).
     dtype = weights[0].dtype

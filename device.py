@@ -1,4 +1,4 @@
-"""Where a process computes: CPU, GPU or Apple's GPU, in which precision, and as one of how many ranks of a torchrun."""
+"""Where a process computes (CPU, GPU or Apple's GPU), in which precision, and as which of torchrun's processes."""
 
 import ctypes
 import errno
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scripts import InputError, lock_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of matrix products; weights are always fp32
-# Dense bf16 peak in FLOP/s from the makers' data sheets; other devices are measured with one matrix product at the start.
+# Dense bf16 peak in FLOP/s from the makers' data sheets; others are measured with matrix products at the start.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
     "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -71,7 +71,7 @@ def keep_freed_memory():
 
 
 class StopNotice:
-    """Ctrl-C, a termination notice or a closed terminal, of which all ranks learn at the same step. The process goes on until it asks.
+    """Notes Ctrl-C, SIGTERM or a closed terminal without ending the process; given() tells all ranks of it at the same step.
 
     torchrun passes a notice on and kills 30 s later, so the ranks tell each other every few seconds, however long a step takes.
     """

@@ -82,7 +82,7 @@ class Examples:
         return digest.hexdigest()
 
     def epoch(self, seed: int, epoch: int, size: int) -> list[np.ndarray]:
-        """One pass: batches of `size` example numbers, in random order, each sorted by length. What does not fill a batch rests."""
+        """One pass: batches of `size` example numbers, in random order, each sorted by length. The rest is left out."""
         if self.cached[0] != (seed, epoch, size):
             rng = np.random.default_rng((seed, epoch))
             order = rng.permutation(len(self.rows))[: len(self.rows) // size * size]

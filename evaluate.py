@@ -5,8 +5,8 @@
     python evaluate.py --ckpt out/flow/phase2_best.pt out/pulse --data=data/mybook --phase=1 --seq_len=512
     torchrun --nproc_per_node=2 evaluate.py --json=figures.jsonl        # each process reads its share of the windows
 
-Windows do not see each other, so a longer one gives the model more to go by and fewer bits: compare models at one window. What is left
-at the end of a shard, shorter than a window, is not counted.
+Windows do not see each other, so a longer one gives the model more to go by and fewer bits: compare models at one window. The end
+of a shard, if shorter than a window, is not counted.
 """
 
 import json

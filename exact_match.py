@@ -92,7 +92,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def majority(finals: list[Fraction | None]) -> Fraction | None:
-    """The number most answers end in, of equals the first; answers without a number do not vote (arXiv:2203.11171)."""
+    """The number most answers end in, in a tie the first; answers without a number do not vote (arXiv:2203.11171)."""
     votes = collections.Counter(final for final in finals if final is not None)
     return max(votes, key=votes.get) if votes else None
 

@@ -42,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """LinearCrossEntropy, without its gradient where none is recorded: a Function sees that a parameter wants one, no_grad or not."""
+    """LinearCrossEntropy; without gradients the weight is detached, since a Function sees requires_grad even under no_grad."""
     return LinearCrossEntropy.apply(x, weight if torch.is_grad_enabled() else weight.detach(), targets)
 
 

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-THRESHOLD = 1.0  # a membrane n thresholds high fires n spikes
+THRESHOLD = 1.0  # a membrane above n thresholds fires n spikes
 CHUNK = 32  # tokens of a sequence that the parallel forms take in one piece
 SHARPNESS = 2.0  # 1 / half-width, in thresholds, of the surrogate's blur
 
 
 class Function(torch.autograd.Function):
-    """A function with its gradient by hand. Where none is recorded run() is forward() alone: PyTorch's apply() takes longer than the
-    numbers of a single token."""
+    """A function with its gradient by hand. Without gradients run() calls forward() directly: for a single token PyTorch's apply()
+    takes longer than the arithmetic."""
 
     @classmethod
     def run(cls, *args):
@@ -63,7 +63,7 @@ class Fire(Function):
         if ctx.price:
             fired = F.hardshrink(mem, ctx.least) if ctx.signed else F.threshold(mem, ctx.least, 0.0)
             grad = torch.add(grad, fired.sign_(), alpha=ctx.price)
-        # With a = u + 0.5, u = how far above the first threshold, and s = sharpness, atan(s a) - atan(s (a - K)) is the angle of the
+        # With a = 0.5 + height above the first threshold, s = sharpness, K = num_steps, atan(s a) - atan(s (a - K)) is the angle of the
         # point (1 + s² a (a - K), s K): one function instead of two, and on a CPU, where PyTorch has atan2 in vector instructions and
         # atan not, a fifth of the time.
         a = mem.abs().sub_(ctx.least - 0.5) if ctx.signed else mem - (ctx.least - 0.5)
@@ -165,8 +165,8 @@ def triton_scan() -> Callable | None:
 
 
 def chunked_scan(x: Tensor, beta: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
-    """scan in PyTorch's operations. All chunks of the sequence take their L steps side by side, each from zero, and multiply up what
-    they leave of the past. What comes before a chunk follows from the chunks' ends by the same recurrence."""
+    """scan in PyTorch's operations. All chunks take their L steps side by side, each from U = 0, and multiply up their betas (`left`).
+    The U before each chunk follows from the chunks' ends by the same recurrence; left times it is then added."""
     B, T, N = x.shape
     L = min(CHUNK, T)
     if T % L:

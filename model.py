@@ -1,5 +1,5 @@
-"""Flow: a transformer language model, the whole of it in one file but for the loss, which Pulse has too. On a CPU by_hand.py (training)
-and decode.py (writing) take the place of parts of it: they compute the same, faster.
+"""Flow: a transformer language model in one file. Only its loss is elsewhere (loss.py), because Pulse has it too. On a CPU by_hand.py
+(training) and decode.py (writing) replace parts of this file: they compute the same, faster.
 
 Flow is Qwen3 (arXiv:2505.09388) with Gemma's mix of local and global layers (arXiv:2503.19786): pre-RMSNorm, grouped-query
 attention with QK-norm and RoPE, a sliding window in most layers, SwiGLU, tied embeddings, no biases. A Qwen3 folder from
@@ -59,7 +59,7 @@ class FlowConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: RoPE rotates pairs, choose an even one")
         if self.global_layers is not None:
-            object.__setattr__(self, "global_layers", tuple(self.global_layers))  # a list when it comes out of a checkpoint
+            object.__setattr__(self, "global_layers", tuple(self.global_layers))  # may be given as a list
             if foreign := set(self.global_layers) - set(range(self.n_layer)):
                 raise ValueError(f"global_layers names layer {min(foreign)}, there are layers 0 to {self.n_layer - 1}")
 
@@ -170,7 +170,7 @@ def band(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 def chunks_of_queries(T: int, window: int | None, size: int, device) -> list[tuple[int, int, int, Tensor]]:
     """[(i, j, lo, mask [j - i, j - lo])]: queries i to j look at keys lo to j, and the mask leaves out what is not theirs.
 
-    So of the future and of a lost past no more than a chunk's worth is computed. lo is a multiple of 32, as CPUs' matrix units like it.
+    So of masked scores at most a chunk's worth is computed on each side. lo is a multiple of 32, with which CPUs' matrix units are faster.
     """
     pos, chunks = torch.arange(T, device=device), []
     for i in range(0, T, size):
@@ -413,7 +413,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):
-        values, kept = logits.topk(top_k)  # by index: all that reach the k-th would be more than k, as logits in bf16 are often equal
+        values, kept = logits.topk(top_k)  # by index: logits in bf16 are often equal, and more than k can reach the k-th value
         logits = torch.full_like(logits, -math.inf).scatter_(1, kept, values)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:  # nucleus sampling (arXiv:1904.09751): the fewest tokens whose probabilities reach top_p
@@ -428,7 +428,7 @@ def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
     The paper (see generate) divides all, which makes a token with a negative logit likelier; this form is that of transformers.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a penalty of 1.01 is within the rounding of bf16
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # in bf16 a penalty of 1.01 acts like 1.007 to 1.013
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -471,7 +471,7 @@ def generate(
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device) if repetition_penalty != 1 else None
     for t in range(shortest, longest + max_new_tokens):
         logits = model(tokens, state=state)[0][:, -1]
-        if seen is not None:  # what a row has seen is what the model has read of it, so that padding is not among it
+        if seen is not None:  # only what the model has read: the padding of a row is never in it
             logits = penalized(logits, seen.scatter_(1, tokens, True), repetition_penalty)
         new = sample_token(logits, temperature, top_k, top_p)
         if plain:

@@ -31,9 +31,9 @@ BATCH_ELEMENTS = {"cpu": 2**20, "cuda": 2**24, "mps": 2**24}
 def orthogonalise(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The orthogonal factor U Vᵀ of each matrix of G = U S Vᵀ, approximately.
 
-    G [..., R, C] of any float type -> [..., R, C] of `dtype`, in which the products are computed. Singular values above 1/310 of the
-    bound below, which is the largest of them to about twice that (the more are alike, the higher), end between 0.65 and 1.13; smaller
-    ones are lifted as far as they come. The iteration is stable in bf16, whose rounding lifts some singular values to 1.2; fp32 is for
+    G [..., R, C] of any float type -> [..., R, C] of `dtype`, in which the products are computed. Singular values above 1/310 of
+    `bound` end between 0.65 and 1.13, smaller ones lower. `bound` is 1 to 2.6 times the largest of them (2.6: 2,048 that are
+    all alike). The iteration is stable in bf16, whose rounding lifts some singular values to 1.2; fp32 is for
     hardware that has no bf16 products and only imitates them. A zero matrix stays zero.
     """
     X = G.reshape(-1, *G.shape[-2:])
@@ -143,8 +143,8 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW] for a Flow or a Pulse: `model.muon_params()` to Muon, which computes in `dtype`, everything else to AdamW.
 
-    Of AdamW's parameters only the matrices decay: embedding, head, and what tells a Pulse's memories to fade and to write. Norms and
-    other vectors have no scale to keep small.
+    Of AdamW's parameters only the matrices decay: embedding, head, and `decay` and `write` of a Pulse's memories. Norms and other
+    vectors do not.
     """
     matrices = model.muon_params()
     ids = {id(p) for p in matrices}

@@ -6,7 +6,7 @@
     python prepare.py hf://datasets/roneneldan/TinyStories/TinyStories-train.txt --vocab_size=4096
     python prepare.py hf://datasets/HuggingFaceFW/fineweb/sample/10BT --max_mb=2000 --vocab_size=8192    # the first 2 GB
 
-Two CPU cores do 5 to 12 MB/s of a large text. Memory stays below 1 GB however large the input, because the cleaned documents wait on
+Two CPU cores do 5 to 12 MB/s of a large text. Memory stays below 1 GB up to some 30 million documents, because they wait, cleaned, on
 disk beside --out (their size and 200 bytes each) while clean.py searches them for copies. data/<name>/ then holds tokenizer.json,
 phase{1,2,3}_{train,val}_*.bin and meta.json. It is built in a hidden folder beside its final place and renamed at the very end, so an
 interrupted run changes nothing.
@@ -54,7 +54,7 @@ SEGMENT, BATCH = 1 << 14, 1 << 18  # characters the tokenizer learns from as one
 WORD = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 # Places where WORD always ends a match, so that a text may be encoded in parts: a line end, a space between two letters.
 BOUNDARY = re.compile(r"\n(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
-ENDLESS = re.compile(r"\S{1024}")  # no word of any text, but it would take the tokenizer's training the square of its length
+ENDLESS = re.compile(r"\S{1024}")  # never a word, but the tokenizer's training would take time quadratic in its length
 
 
 # ---- tokenizer ----
@@ -125,8 +125,8 @@ def sample_texts(texts: Iterable[str], n_bytes: int, vocab_size: int) -> Iterato
 class Encoder:
     """Texts -> tokens, with a memory: most of a text are words that have been encoded before.
 
-    A piece runs to the next space or line start behind something visible. There WORD always ends a match, so pieces encode separately
-    to the tokens of the whole.
+    A piece ends at the next space or line start behind something visible. WORD always ends a match there, so pieces encoded one by
+    one give the tokens of the whole.
     """
 
     PIECE = re.compile(r"\s*\S+(?:(?!\n+\S)[^\S ]\s*\S*)*\n*|\s+")

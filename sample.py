@@ -86,7 +86,7 @@ def parse_args(argv=None):
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: half a surrogate pair, as which Python passes on what it cannot decode, cannot."""
+    """Whether it can be written as UTF-8: not with half a surrogate pair, Python's stand-in for what it cannot decode."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -113,7 +113,7 @@ def shard_paths(folder, phase: int, split: str) -> list[Path]:
 
 @lru_cache(maxsize=2)
 def epoch_order(n_windows: int, seq_len: int, seed: int, phase: int, epoch: int) -> tuple[np.ndarray, int]:
-    """The order of the windows in one pass over the data, and by how many tokens their grid moves, so that no cut stays."""
+    """The order of the windows in one pass over the data, and the shift of their grid: each pass cuts at other places."""
     rng = np.random.default_rng((seed, phase, epoch))
     return rng.permutation(n_windows), int(rng.integers(seq_len))
 

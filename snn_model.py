@@ -1,9 +1,9 @@
 """Pulse: a spiking language model.
 
-The interface is Flow's, the inside is not. Every matrix is fed by spikes: integer counts between -num_steps and num_steps, so
-that a product is a sum of weights. What one token leaves for the next is the membrane potential of leaky integrate-and-fire
-neurons, spikes that are still on their way (axonal delays) and, in some blocks, a small associative memory that is written and
-read by spikes. All are linear in the sequence and constant in memory; there is no attention.
+The interface is Flow's, the inside is not. Every matrix is fed by spikes, integer counts between -num_steps and num_steps, so that a
+product is a sum of weights; only input_map is not, it becomes part of a table. What one token leaves for the next: the membranes of
+leaky integrate-and-fire neurons, spikes still on their way (axonal delays) and, in some blocks, an associative memory (a linear
+attention) written and read by spikes. All are linear in the sequence and constant in memory; there is no softmax attention.
 
     python train.py --model=pulse       # trains the nano preset of this file
     python snn_model.py                 # prints the presets: parameters and FLOPs per token
@@ -36,14 +36,14 @@ SQUARE_GAIN = 1.0  # hidden neurons of the feed-forward part, whose current is s
 KEY_GAIN = 1.5  # queries and keys of the memory
 READ_GAIN = 4.0  # what is read from the memory
 OUT_GAIN = 4.0  # what feeds the head
-STEPS = 16  # with more micro-steps what is carried from token to token is counted more finely
+STEPS = 16  # with more, neurons whose spikes are carried from token to token count more finely
 MAX_STEPS = 256  # bf16 holds all integers up to here
 LEAKS = ("gated", "learned", "fixed")
 START_SCALE = 0.1  # of matrices whose result is normalized: it changes nothing yet, but lets Muon's first steps turn the weights further
-TAU_KEY = 1.5  # queries and keys remember this many tokens at most, at the start: little more than the present one
+TAU_KEY = 1.5  # tokens: time constant of the slowest queries and keys at the start, little more than the present
 KEY_EPS = 1e-3  # added to the squared length of a query or key before it is scaled to 1: a silent one stays silent
-DELAYS = (0, 0, 1, 1, 2, 3, 4, 5)  # tokens that the spikes of each eighth of a block's fibres are on their way to its leaky neurons
-TAU_MEMORY = (64.0, 256.0)  # after so many tokens the fastest and the slowest memory head have forgotten to 1/e, at the start
+DELAYS = (0, 0, 1, 1, 2, 3, 4, 5)  # how many tokens late each eighth of a block's input spikes reaches its leaky neurons
+TAU_MEMORY = (64.0, 256.0)  # time constants in tokens of the fastest and the slowest memory head, at the start
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PulseConfig:
     num_steps: int = 48  # micro-steps (time steps within a token) = most spikes that a neuron fires per token
     # Time constant in tokens of the slowest neurons at the start; 1 = no membrane between tokens, 1 % worse in 500 steps. 32 is no better.
     tau_max: float = 4.0
-    rheobase: float = 1.0  # of the neurons that encode the stream: weaker currents stay silent, so that finer steps cost no more spikes
+    rheobase: float = 1.0  # thresholds more that encoders need before they fire: so finer steps cost no more spikes
     leak: str = "gated"  # the time constants are set by every token, "learned" one per neuron, or "fixed"
     n_head: int = 2  # heads of the associative memory
     memory_every: int = 3  # layer i has a memory when (i + 1) % memory_every == 0
@@ -85,14 +85,14 @@ class PulseConfig:
         return (layer + 1) % self.memory_every == 0
 
     def fine(self) -> float:
-        """Steps of the neurons whose spikes are carried over tokens, for one of the others: 3 with num_steps=48, 1 up to STEPS of them."""
+        """How many times finer neurons count whose spikes are carried from token to token: 3 with num_steps=48, 1 up to STEPS."""
         return max(1.0, self.num_steps / STEPS)
 
     def is_gated(self) -> bool:
         return self.leak == "gated" and self.tau_max > 1
 
     def gates_apart(self) -> bool:
-        """Whether the gates have neurons of their own, that do not count finely: what they tell a membrane need not be exact."""
+        """Whether the gates have encoders of their own that do not count finely: how far a membrane leaks need not be exact."""
         return self.is_gated() and self.fine() > 1
 
     def num_params(self) -> int:
@@ -104,7 +104,7 @@ class PulseConfig:
         return self.vocab_size * C + C * C + self.n_layer * block + n_memory * memory + 2 * C + self.n_layer + 1
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations of one training step (forward and backward) per token, whatever `seq_len`.
+        """Floating-point operations of one training step (forward and backward) per token, the same for any `seq_len` >= CHUNK.
 
         6 per weight of a matrix product; the memory's products inside a chunk of L tokens are 6 * (5 L / 2 + 3 D) * C, of which
         L / 2 each for k kᵀ, q kᵀ and the products with their masked halves. Scan and firing are not matrix products and not counted.
@@ -139,7 +139,7 @@ class Neuron(snntorch.Leaky):
     has while thirty pass. With `tau` [N] = None nothing lasts from token to token. With `square` the current is relu(I)², as in
     arXiv:2109.08668: a neuron then computes with products of its inputs. With a `rheobase` a membrane has to be that far above the
     threshold before it fires: spikes_t = fire(U_t - rheobase), signed: sign(U_t) fire(|U_t| - rheobase). Without `normed` the current
-    is x_t * gain + bias. `fine`: how many of its steps are one of the others (see encoder).
+    is x_t * gain + bias. `fine`: how many times finer than others it counts (see encoder).
     """
 
     def __init__(
@@ -188,10 +188,10 @@ class Neuron(snntorch.Leaky):
 
 
 def encoder(config: PulseConfig, gain: float | None = None, fine: float = 1.0) -> Neuron:
-    """Neurons that turn real numbers [B, T, C] into counts. The higher their rheobase, the harder they are driven, but for the head.
+    """Neurons that turn real numbers [B, T, C] into counts. Where `gain` is not given, it grows with the rheobase.
 
-    With `fine` they count the same currents in steps as much finer, and leave more of them silent: their rheobase is up to twice as high.
-    The gradient is blurred over the same currents as without, and a spike has the same price for what it is worth.
+    With `fine` > 1 a spike stands for 1 / fine of the current that it stands for otherwise, and its price is 1 / fine too. The rheobase is
+    up to twice as high, so that more neurons stay silent. The gradient is blurred over the same range of currents as without.
     """
     least = (THRESHOLD + config.rheobase * min(fine, 2.0)) * fine
     gain = gain or (GAIN + config.rheobase) * fine
@@ -335,9 +335,9 @@ class PulseState:
 class Pulse(nn.Module):
     """The spiking network. `checkpointing = True` recomputes each block in the backward pass instead of keeping its activations.
 
-    `rate_penalty` adds that many nats per spike per synapse and token to what is minimised (not to the loss that is returned); a
-    spike of a neuron that counts more finely costs as much less.
-    Its derivative by a spike is a constant, so that it costs nothing: each neuron adds it to the gradient of its spikes.
+    `rate_penalty` times the mean number of spikes per synapse and token is minimised too, but is not in the loss that is returned.
+    A spike of a neuron that counts `fine` times finer costs 1 / fine. The derivative by a spike is a constant: each neuron adds it to
+    the gradient of its spikes, which takes no time.
     """
 
     def __init__(self, config: PulseConfig):
@@ -350,8 +350,8 @@ class Pulse(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        # What the head finds alike, such as digits, of which any may come next, must not look alike when it is read: counts of few
-        # spikes would not tell them apart. So a token is read as its row of the head's matrix times this one.
+        # The head's rows are similar for tokens that can follow the same text, such as digits. Read as they are, counts of few spikes
+        # would not tell such tokens apart. So a token is read as its row of the head's matrix times this one.
         self.input_map = nn.Parameter(torch.eye(config.d_model))
         # How much of the token is in the stream when a block, and last the head, reads it: more from block to block, so that it is
         # not lost among what they add; none at first for the head, which is asked what comes next.
@@ -444,7 +444,7 @@ class Pulse(nn.Module):
         """Multiply the matrices whose results are normalized by a factor. What the network computes stays, but for norm_eps.
 
         Only their direction matters, and training makes them many times longer, so that a step of the same length turns them ever
-        less. A restart of the learning rate is none for them unless they are short again.
+        less. A restarted learning rate acts on them only if they are short again.
         """
         normalized = tuple(f".{name}_proj.weight" for name in ("in", "gate", "up", "q", "k", "v"))
         for name, weight in self.layers.named_parameters():

@@ -70,7 +70,7 @@ def hub_errors(name: str, *more: type[Exception]):
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of those in it, linked ones too, each folder once; the folder itself may be hidden, what is in it not."""
+    """The files below a folder, through links too, each folder once. Hidden ones are left out, except the folder itself."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         here = os.path.realpath(root)

@@ -40,9 +40,9 @@ def only_pulse(model: nn.Module):
 def in_phases(counts: Tensor, num_steps: int) -> Tensor:
     """Spikes that counts take in a phase code: the ones among the binary digits of |count|. Same shape, int32.
 
-    The threshold of a neuron then starts at the largest power of two up to K and halves with every micro-step, and a spike takes as
-    much from the membrane as it is worth to who receives it: as many micro-steps as K has binary digits, and the same counts (few-spike
-    neurons, arXiv:2002.00860; weighted spikes, doi 10.1016/j.neucom.2018.05.087).
+    A neuron's threshold then starts at the largest power of two up to K and halves with every micro-step. A spike lowers the membrane by
+    the threshold of its micro-step, and receivers weight it with that: the same counts in as many micro-steps as K has binary digits
+    (few-spike neurons, arXiv:2002.00860; weighted spikes, doi 10.1016/j.neucom.2018.05.087).
     """
     size = counts.abs().int()
     return sum(size >> digit & 1 for digit in range(num_steps.bit_length()))

@@ -43,7 +43,7 @@ from sources import hub_errors
 INSTRUCTION = "Solve the problem step by step, one short sentence per step. End with a line of #### and the final number, without unit."
 KEY = "OPENAI_API_KEY"  # the environment variable a server's key is taken from, the only place
 FINISHED = ("stop", None, "eos", "eos_token", "end_turn", "stop_sequence")  # how servers say that an answer has come to its end
-ATTEMPTS, BACKOFF, LONGEST_WAIT, TIMEOUT = 6, 0.5, 60.0, 600.0  # per request; seconds before the second attempt, doubled each time
+ATTEMPTS, BACKOFF, LONGEST_WAIT, TIMEOUT = 6, 0.5, 60.0, 600.0  # tries; seconds: first wait (doubles), longest, reply
 
 
 class Job(NamedTuple):

@@ -40,7 +40,7 @@ from shards import Windows, load_tokenizer
 class Recipe:
     """What a preset is trained with unless options say otherwise."""
 
-    micro_step_tokens: tuple[int, int, int]  # batch_size * seq_len in phases 1, 2, 3 of a process alone; several share them
+    micro_step_tokens: tuple[int, int, int]  # batch_size * seq_len of phases 1, 2, 3, all processes together
     grad_accum: int
     steps: tuple[int, int, int]  # optimizer steps of the phases
     lr: tuple[float, float, float]  # their peaks
@@ -56,8 +56,8 @@ RECIPES = {
     "base": Recipe((32_768,) * 3, 8, (4_000, 2_500, 1_500), (0.0016, 0.0016, 0.0004)),
     "1b": Recipe((16_384,) * 3, 32, (24_000, 14_000, 8_000), (0.001, 0.001, 0.00025)),
 }
-RATE_PENALTY = 0.1  # of Pulse: nats per spike, synapse and token. So nano spends less than a sixth of Flow's energy
-SHORTEN = 0.25  # of Pulse: what is left at the start of phase 2 of the matrices of which only the direction matters
+RATE_PENALTY = 0.1  # of Pulse: nats per (spike per synapse and token); nano then needs less than a sixth of Flow's energy
+SHORTEN = 0.25  # of Pulse: factor, at the start of phase 2, of matrices of which only the direction matters
 WARMUP = 0.02  # of a phase's steps
 FINAL_LR = 0.05  # of the peak: what the cosine would reach one step after a phase's last
 CHINCHILLA = 20  # tokens per parameter that use a training budget best (arXiv:2203.15556)
@@ -94,7 +94,7 @@ def evaluate(model, data: Windows, token_bytes: np.ndarray, eval_tokens: int, ba
 
 
 def report(model, data: Windows, token_bytes: np.ndarray, batch_size: int, args, device: Device, say, where: str) -> dict:
-    """Evaluates, says how it went, of a Pulse also how it fires, and returns what the log keeps of it."""
+    """Evaluate, print the result (of a Pulse also how it fires), and return what goes into the log."""
     with torch.compiler.set_stance("force_eager") if args.compile else nullcontext():
         val_loss, val_bpb = evaluate(model, data, token_bytes, args.eval_tokens, batch_size, device)
         say(f"{where}  validation loss {val_loss:.4f}  {val_bpb:.4f} bits per byte", flush=True)
@@ -108,8 +108,8 @@ def report(model, data: Windows, token_bytes: np.ndarray, batch_size: int, args,
 
 
 def compile_parts(model: torch.nn.Module):
-    """Compile the blocks, for one shape each, and the loss. Blocks are alike: two kinds take seconds where the whole model takes a minute,
-    and what lies between them is little. What was compiled before, for the phase before, is forgotten: kinds are kept up to a limit."""
+    """Compile the loss, and the blocks for one shape. There are two kinds of blocks at most: that takes seconds where the whole model takes
+    a minute, for nearly the same speed. What the phase before compiled is dropped first: torch keeps a limited number of versions."""
     torch.compiler.reset()
     for block in model.layers:
         block.compile(dynamic=False)
@@ -292,8 +292,8 @@ def train(args, device: Device, say):
     del init
     recipe = RECIPES[args.preset]
 
-    # What each phase will do, all of it before anything is trained or removed: the plan is compared with Chinchilla's optimum, and
-    # a phase whose data are too few must not be found out after the phases before it.
+    # Every phase is planned before anything is trained or removed: the plan is compared with Chinchilla's optimum, and a phase with
+    # too little data is found out now, not after the phases before it.
     plan, windows = {}, {}
     for phase in [args.phase] if args.phase else PHASES:
         seq_len, limit = args.seq_len or PHASES[phase][1], getattr(config, "max_seq_len", math.inf)  # a Pulse reads any number
@@ -365,7 +365,7 @@ def train(args, device: Device, say):
         # The loop: learning rate, micro-steps, update, log, evaluate, save.
         model.train()
         losses, logged, began = [], (step, seconds), time.perf_counter()
-        if args.init and tokens == 0:  # what there was before
+        if args.init and tokens == 0:  # --init before training
             figures = report(model, data["val"], token_bytes, batch_size, args, device, say, f"phase {phase} step     0/{steps:,}")
             record(step=0, phase=phase, tokens=tokens, seconds=round(seconds, 3), **figures)
         stop.restart()
@@ -373,7 +373,7 @@ def train(args, device: Device, say):
             clock = time.perf_counter()
             lr = lr_at(step, steps, peak_lr)
             for micro in range(grad_accum):
-                first = ((step * grad_accum + micro) * device.ranks + device.rank) * batch_size  # number of a training example
+                first = ((step * grad_accum + micro) * device.ranks + device.rank) * batch_size  # number of its first example
                 x, y = device.put(data["train"].batch(args.seed, phase, first, batch_size))
                 # Gradients are averaged over the ranks once per step, in the backward pass of the last micro-step.
                 with network.no_sync() if device.ranks > 1 and micro < grad_accum - 1 else nullcontext():
