@@ -23,6 +23,7 @@ from snn_model import Pulse, PulseConfig
 # What --model may be.
 MODELS = {"flow": (Flow, FlowConfig, PRESETS), "pulse": (Pulse, PulseConfig, snn_model.PRESETS)}
 PHASES = {n: (name, WINDOWS[n]) for n, name in enumerate(("language foundations", "reasoning and logic", "long context"), 1)}
+DISTILLATION = 4  # the phase, in checkpoint and log, of what distill.py trains
 
 
 def save_checkpoint(path: Path, checkpoint: dict):
@@ -83,8 +84,11 @@ def load_model(path: str | Path, device="cpu", model: str | None = None):
     path = find_checkpoint(path, model) if Path(path).is_dir() else Path(path)
     if path.is_dir():
         network, tokenizer = publish.read_folder(path)
+        if tokenizer.token_to_id("<|endoftext|>") is None:
+            raise InputError(f"{path}: its tokenizer has no <|endoftext|>, with which texts begin and end: use a model that has it")
         config, name = dataclasses.asdict(network.config), type(network).__name__.lower()
-        checkpoint = {"model": name, "config": config, "tokenizer": tokenizer.to_str(), "phase": 0, "step": 0}
+        imported = publish.read_json(path / "config.json").get("imported", True)
+        checkpoint = {"model": name, "config": config, "tokenizer": tokenizer.to_str(), "phase": 0, "step": 0, "imported": imported}
     else:
         checkpoint = load_checkpoint(path)
         name = checkpoint["model"]

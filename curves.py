@@ -36,6 +36,8 @@ def trim_log(path: Path, phase: int, step: int):
 
 def read_logs(runs: list[Path]) -> dict[Path, list[dict]]:
     """The log of each run folder. Raises InputError when one is empty, or as read_log does."""
+    if files := [path for path in runs if path.is_file()]:
+        raise InputError(f"{files[0]} is a file: name the folder of a run")
     logs = {run: read_log(run / "log.jsonl") for run in runs}
     for folder, lines in logs.items():
         if not lines:

@@ -119,12 +119,14 @@ class Device:
         if self.ranks > 1 and "RANK" not in os.environ:
             raise InputError(f"WORLD_SIZE is {self.ranks}, but RANK is not set: start with torchrun, or unset WORLD_SIZE")
         self.claimed: int | None = None  # the folder that this process alone may write
+        self.left = False  # the other ranks
         self.torch = choose_device(name)
         self.dtype = DTYPES[dtype or ("bf16" if has_bf16(self.torch) else "fp32")]
         if self.torch.type == "cpu":
             keep_freed_memory()
         if self.ranks > 1:
-            dist.init_process_group("nccl" if self.torch.type == "cuda" else "gloo")
+            cuda = self.torch.type == "cuda"
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.torch if cuda else None)
 
     def __enter__(self) -> "Device":
         return self
@@ -137,7 +139,7 @@ class Device:
         if self.ranks > 1:
             # Together, when all is well. After a failure the others are elsewhere, and NCCL would wait for them: torchrun ends them.
             if failed in (None, SystemExit) or self.torch.type != "cuda":
-                dist.destroy_process_group()
+                self.leave()
             if failed is None:
                 sys.stdout.flush()
                 os._exit(0)
@@ -147,6 +149,12 @@ class Device:
         name += f" ({torch.get_num_threads()} threads)" if self.torch.type == "cpu" else ""
         precision = "bf16 matrix products over fp32 weights" if self.dtype == torch.bfloat16 else "fp32"
         return f"{self.ranks} x {name}, {precision}"
+
+    def leave(self):
+        """Leave the other ranks, all at once: from here on each is alone."""
+        if self.ranks > 1 and not self.left:
+            dist.destroy_process_group()
+            self.left = True
 
     def claim(self, folder: Path):
         """Keep other runs out of a folder as long as this one goes on. Raises InputError in the first rank when one is in it."""
@@ -171,8 +179,9 @@ class Device:
         """The model whose backward pass averages gradients over the ranks; the model itself when there is one rank."""
         if self.ranks == 1:
             return model
-        # With bucket views DDP does not hold a second copy of the gradients.
-        return DistributedDataParallel(model, [self.torch] if self.torch.type == "cuda" else None, gradient_as_bucket_view=True)
+        # With bucket views DDP holds no second copy of the gradients, but for those of micro-steps before the last. Buffers never change.
+        devices = [self.torch] if self.torch.type == "cuda" else None
+        return DistributedDataParallel(model, devices, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def put(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets [B, T] of windows [B, T + 1]."""
@@ -205,7 +214,8 @@ class Device:
         """(FLOP/s of dense matrix products that MFU is measured against, where the figure comes from)"""
         if self.torch.type == "cuda" and self.dtype == torch.bfloat16:
             for name, peak in PEAK_FLOPS.items():
-                if re.search(rf"\b{name}\b", torch.cuda.get_device_name(self.torch)):  # an L40 is not an L4
+                # An L40 is not an L4, and a part of an A100 or a card for laptops has its own peak.
+                if re.search(rf"\b{name}\b(?!.*\b(MIG|Laptop|Max-Q|Ti|SUPER|D)\b)", torch.cuda.get_device_name(self.torch)):
                     return peak, "data sheet"
         a, best = torch.randn(2048, 2048, device=self.torch).to(self.dtype), math.inf
         n = 1 if self.torch.type == "cpu" else 16  # products at a time: on a GPU one is over sooner than asking for it

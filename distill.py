@@ -31,7 +31,7 @@ from torch import Tensor
 
 import prepare
 import teachers
-from checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint
+from checkpoint import DISTILLATION, find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from curves import draw_curves, trim_log
 from device import DTYPES, Device, StopNotice
 from exact_match import Problem, final_number, majority, problem_files, read_problems, refuse_leaks, wilson
@@ -44,7 +44,6 @@ from train import RATE_PENALTY, lr_at
 
 DATA = Path("data/builtin")
 TEACHER = "Qwen/Qwen3-4B-Instruct-2507"  # what --teacher without a name means
-PHASE = 4  # in checkpoint and log: what comes after the three phases of train.py
 POOL = 16  # batches whose examples are sorted by length together: little padding, and still a random order
 VAL_EXAMPLES = 256  # of the first evaluation file, for the validation loss
 WEIGHT_DECAY = 0.1
@@ -62,8 +61,8 @@ class Examples:
     """
 
     def __init__(self, pairs: list[tuple[str, str]], tokenizer: Tokenizer, seq_len: int):
-        self.pad, end = tokenizer.token_to_id("<|pad|>"), tokenizer.token_to_id("<|im_end|>")
-        self.rows, self.too_long = [], 0
+        end, pad = map(tokenizer.token_to_id, ("<|im_end|>", "<|pad|>"))
+        self.pad, self.rows, self.too_long = pad or end, [], 0  # an imported tokenizer may have no <|pad|>; no loss is taken there
         for question, answer in pairs:
             prompt = question_ids(tokenizer, question)
             row = [*prompt, *prepare.plain_ids(tokenizer, answer), end]
@@ -196,7 +195,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
         say(f"continuing {last} at step {step:,}")
         del checkpoint
     if device.rank == 0:
-        trim_log(log, PHASE, step or -1)  # -1: the validation loss before the first step is measured again
+        trim_log(log, DISTILLATION, step or -1)  # -1: the validation loss before the first step is measured again
     peak, _ = device.peak_flops()
     flops = model.config.flops_per_token(round(examples.lengths.mean()))
     token_bytes = prepare.token_bytes(tokenizer)
@@ -205,7 +204,7 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
     def record(**line):
         if device.rank == 0:
             with open(log, "a") as file:
-                file.write(json.dumps(dict(step=step, phase=PHASE, tokens=tokens, seconds=round(seconds, 3)) | line) + "\n")
+                file.write(json.dumps(dict(step=step, phase=DISTILLATION, tokens=tokens, seconds=round(seconds, 3)) | line) + "\n")
 
     def evaluate_loss():
         val_loss, val_bpb = validate(model, held_out, token_bytes, args.batch_size, device)
@@ -267,12 +266,12 @@ def train(args, student: Path, pairs: list[tuple[str, str]], val: list[Problem],
             if device.rank == 0:
                 save_checkpoint(last, dict(
                     model=source["model"], config=dataclasses.asdict(model.config), weights=model.state_dict(), optimizer=state,
-                    tokenizer=source["tokenizer"], settings=settings, data_fingerprint=settings["examples"], phase=PHASE, step=step,
+                    tokenizer=source["tokenizer"], settings=settings, data_fingerprint=settings["examples"], phase=DISTILLATION, step=step,
                     tokens=tokens, seconds=seconds, imported=source.get("imported", not source["phase"]),
                 ))  # fmt: skip
                 let_go(args.out)
         if stopping:
-            say(f"stopped at step {step:,}; saved in {last}: the same command goes on from there")
+            say(f"stopped at step {step:,}; saved in {last}: the same command{' without --fresh' * args.fresh} goes on from there")
             device.barrier()
             raise SystemExit(130)
     stop.close()
@@ -384,8 +383,9 @@ def parse_args(argv=None):
         raise InputError("--trace asks a --teacher for --samples answers and does nothing else: name the teacher, leave --evaluate out")
     if args.evaluate and (given := [name for name in ("teacher", "problems", "traces") if getattr(args, name)]):
         raise InputError(f"--evaluate only measures the student: leave --{given[0]} out")
-    if args.traces and not args.teacher and args.problems:
-        raise InputError("--traces without --teacher holds the questions too: leave --problems out, or name the teacher to ask")
+    unread = [name for name, usual in (("problems", None), ("num_problems", None), ("samples", 1)) if getattr(args, name) != usual]
+    if args.traces and (unread and not args.teacher or args.samples == 0):
+        raise InputError(f"--traces holds the questions and their answers: leave --{unread[-1]} out, or name the teacher to ask for more")
     if args.eval is None and not (args.evaluate or args.trace) and (args.problems or args.traces and not args.teacher):
         raise InputError(f"{'--problems' if args.problems else '--traces'} needs --eval: name files with other problems to measure on")
     return args
@@ -412,11 +412,11 @@ def find_student(args) -> Path:
     for role, home in homes.items():
         if args.out.resolve() == home:
             raise InputError(f"--out={args.out} holds the {role}, whose last.pt the run would replace: name another folder")
-    last, phase = args.out / "last.pt", PHASE
+    last, phase = args.out / "last.pt", DISTILLATION
     with suppress(InputError) if args.fresh else nullcontext():  # --fresh also replaces a file that is cut short
-        phase = load_checkpoint(last)["phase"] if last.exists() else PHASE
-    if phase != PHASE or any(args.out.glob("phase[123].pt")):
-        raise InputError(f"--out={args.out} holds a run of train.py{', unfinished' * (phase != PHASE)}: name another folder")
+        phase = load_checkpoint(last)["phase"] if last.exists() else DISTILLATION
+    if phase != DISTILLATION or any(args.out.glob("phase[123].pt")):
+        raise InputError(f"--out={args.out} holds a run of train.py{', unfinished' * (phase != DISTILLATION)}: name another folder")
     return path
 
 
@@ -477,6 +477,7 @@ def distill(args, device: Device, say):
         raise InputError("no answer is left to learn from: take a better --teacher, --keep=all, or a larger --max_new_tokens")
     with restoring(args.out, device):
         train(args, student, pairs, evals[names[0]], compared, device, say)
+    device.leave()  # while the first evaluates, the others need not wait
     if device.rank == 0:
         for checkpoint, label in ((student, "before"), (args.out / "last.pt", "after")):
             evaluate_all(checkpoint, label, args.out, evals, args, device, say)

@@ -98,7 +98,7 @@ def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) ->
     from safetensors.torch import save_file
     from tokenizers import Tokenizer
 
-    kind, tokenizer = checkpoint["model"], Tokenizer.from_str(checkpoint["tokenizer"])
+    kind, tokenizer, imported = checkpoint["model"], Tokenizer.from_str(checkpoint["tokenizer"]), is_imported(checkpoint)
     start, _, turn_end, pad = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"))
     ends, pad_token = [start, turn_end], "<|endoftext|>" if pad is None else "<|pad|>"
     pad = start if pad is None else pad  # an imported tokenizer without <|pad|>: transformers would add one beyond the embedding
@@ -111,11 +111,11 @@ def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) ->
         del weights["lm_head.weight"]  # the same numbers as the embedding's, stored once
     if kind == "flow":
         weights = {hf_name(name): p for name, p in weights.items()}
-        write("config.json", qwen3_config(model.config, ends, start, pad))
+        write("config.json", {"imported": imported} | qwen3_config(model.config, ends, start, pad))
         sampling = {"do_sample": False, "bos_token_id": start, "eos_token_id": ends, "pad_token_id": pad}
         write("generation_config.json", sampling)
     else:
-        write("config.json", {"made_by": "SLMS", "model_type": "pulse", **asdict(model.config)})
+        write("config.json", {"made_by": "SLMS", "imported": imported, "model_type": "pulse", **asdict(model.config)})
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as problem:  # no OSError, whatever went wrong
@@ -132,7 +132,7 @@ def write_folder(folder: Path, model: nn.Module, checkpoint: dict, run: Path) ->
         },
     )  # fmt: skip
     figures = measured(run / "log.jsonl", checkpoint["phase"], checkpoint["step"])
-    (folder / "README.md").write_text(card(model, kind, figures, imported=is_imported(checkpoint)), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, kind, figures, imported), encoding="utf-8")
 
 
 def read_folder(folder: str | Path):
@@ -143,7 +143,7 @@ def read_folder(folder: str | Path):
     try:
         config = read_json(folder / "config.json")
         if config.get("model_type") == "pulse":
-            config = {name: value for name, value in config.items() if name not in ("made_by", "model_type")}
+            config = {name: value for name, value in config.items() if name not in ("made_by", "imported", "model_type")}
             model = Pulse(PulseConfig(**config))
             if missing := vars(model.config).keys() - config.keys():  # they would be today's defaults
                 raise ValueError(f"its config.json, of another version, lacks {', '.join(sorted(missing))}")

@@ -8,7 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
-from checkpoint import PHASES, find_checkpoint, load_checkpoint, load_model
+from checkpoint import DISTILLATION, PHASES, find_checkpoint, load_checkpoint, load_model
 from curves import trim_log
 from device import Device
 from scripts import InputError
@@ -24,7 +24,7 @@ def previous(out: Path, phase: int) -> tuple[Path | None, bool]:
         begun = load_checkpoint(last)["phase"]
         if begun == phase:
             return last, True
-        if begun not in PHASES:
+        if begun == DISTILLATION:
             raise InputError(f"{last} is a distillation of distill.py: name another --out")
         if not (out / f"phase{begun}.pt").exists():
             raise InputError(f"{last} is an unfinished phase {begun}: finish it with --phase={begun}, or name another --out")
@@ -84,8 +84,8 @@ def start_over(args, phase: int, config, tokenizer_json: str, device: Device):
         begun = load_checkpoint(last)["phase"]
     except InputError:  # none, or none that could go on
         begun = math.inf
-    if begun < phase:
-        previous(args.out, phase)  # refuses to lose an earlier phase
+    if begun < phase or begun == DISTILLATION:
+        previous(args.out, phase)  # refuses to lose an earlier phase, or a distillation
     files = [args.out / f"phase{n}{kind}.pt" for n in range(phase, len(PHASES) + 1) for kind in ("", "_best")]
     set_aside(args.out, files if begun < phase else [last, *files])
     trim_log(args.out / "log.jsonl", phase - 1, 10**9)

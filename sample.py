@@ -74,6 +74,8 @@ def parse_args(argv=None):
                 raise InputError(f"--{name}={text[:60]!a} is not UTF-8 text: convert it first")
     if args.system is not None and not args.chat:
         raise InputError(f"--system={args.system[:60]!r} is a turn of a conversation: add --chat or leave it out")
+    if args.chat and args.num_samples > 1 and args.prompt is None and args.prompts_file is None:
+        raise InputError(f"--num_samples={args.num_samples}: a conversation has one answer at a time, give --prompt or --prompts_file")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed={args.seed} must be at least 0 and below 2**63")
     if (args.energy or args.raster) and args.prompt is None:

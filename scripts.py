@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,14 @@ class InputError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        """Raises InputError for an empty value, as an unset variable of the shell leaves one: of texts alone it can be meant."""
+        given = sys.argv[1:] if args is None else args
+        for option, value in [*zip(given, given[1:]), *(word.split("=", 1) for word in given if "=" in word)]:
+            if value == "" and re.fullmatch(r"--\w+", option) and option not in ("--prompt", "--system", "--stop"):
+                raise InputError(f"nothing stands behind {option}, as with an unset variable of the shell: give a value or leave it out")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {message} (python {self.prog} --help lists the options)\n")

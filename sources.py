@@ -25,7 +25,7 @@ from scripts import InputError
 FILE_TYPES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 TEXT_FIELDS = (("text",), ("content",), ("question", "answer"), ("messages",))
 ENDING = re.compile(r"(?:\.[a-z]\w*)?\.(?:gz|zst|xz|bz2|zip)$|\.[^.\s]+$")  # of what is packed, that of the content too
-END_LINE = re.compile(r"^<\|endoftext\|>[ \t\r]*(?:\n|\Z)", re.MULTILINE)
+END_LINE = re.compile(r"(?<![^\r\n])<\|endoftext\|>[ \t]*(?:\r*\n|\r|\Z)")
 PIECE = 1 << 21  # characters; a longer text counts as several documents, cut at paragraph ends
 UNLABELLED, TRAIN, VAL = range(3)  # what a source says about the split of its documents
 
@@ -147,7 +147,7 @@ def read_text(name: str, file: BinaryIO) -> Iterator[str]:
             raise InputError(f"{name} is not UTF-8 at byte {offset + error.start}: convert it first, for example with "
                              f"iconv -f {encoding} -t UTF-8") from None
         offset, undecoded, rest = offset + used, data[used:], rest + text
-        lines = rest.rfind("\n") + 1 if block else len(rest)  # a separator counts when its line is complete
+        lines = max(rest.rfind("\n"), rest.rfind("\r")) + 1 if block else len(rest)  # a separator counts when its line is complete
         *whole, tail = END_LINE.split(rest[:lines])
         for document in whole:
             yield from pieces(document)

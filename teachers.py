@@ -317,6 +317,7 @@ class ServerTeacher:
         if not isinstance(text, str) or not text.strip():
             return Answer("", tokens, "empty reply")
         text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can spell, is no text
+        finish = finish.lower() if isinstance(finish, str) else finish  # "STOP" is said too
         finish = "stop" if finish in FINISHED else finish
         return Answer(text, tokens, finish if finish in ("stop", "length") else f"finish_reason {finish}")
 

@@ -36,7 +36,8 @@ def block_bytes(config: FlowConfig, qk_norm: int = 4) -> int:
 
 def training_memory(config: FlowConfig, batch_size: int, seq_len: int, checkpointing: bool, qk_norm: int = 4) -> dict[str, float]:
     """Bytes on one device, by what they hold (the keys of HEADINGS). Of several ranks each has its share of "muon", and all else whole;
-    DistributedDataParallel keeps the gradients' memory, so that "peak_accumulating" holds for them with one micro-step too.
+    DistributedDataParallel keeps the gradients' memory, so that "peak_accumulating" holds for them with one micro-step too; with more
+    the gradients of all but the last lie beside its own, once more as much.
 
     "activations" is what is kept between forward and backward. "peak": the gradients grow while the activations go.
     "peak_accumulating": with gradient accumulation the gradients of earlier micro-steps are there during the forward pass too.

@@ -61,5 +61,6 @@ def test_the_table_needs_no_matplotlib(two_runs, monkeypatch, capsys):
 
 def test_what_cannot_be_drawn(two_runs, tmp_path):
     fails("curves.py", two_runs[0], tmp_path / "none", match="none/log.jsonl does not exist or is empty: train with --out=")
+    fails("curves.py", two_runs[0] / "log.jsonl", match="log.jsonl is a file: name the folder of a run")
     with pytest.raises(InputError, match="cannot be drawn .*: name a .png, .svg or .pdf"):
         curves.main([str(two_runs[0]), f"--output={tmp_path / 'x.jpegg'}"])

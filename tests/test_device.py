@@ -69,6 +69,29 @@ def test_a_rank_that_failed_does_not_wait_for_the_others(monkeypatch, kind, erro
     assert bool(left) == leaves
 
 
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA L40", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)  # fmt: skip
+def test_a_card_has_the_peak_of_its_own_data_sheet(monkeypatch, name, peak):
+    """Or none, and is measured."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch, "randn", lambda *sizes, device: (_ for _ in ()).throw(ZeroDivisionError))
+    device = Device("cpu", "bf16")
+    device.torch = torch.device("cuda")
+    if peak is None:
+        with pytest.raises(ZeroDivisionError):
+            device.peak_flops()
+    else:
+        assert device.peak_flops() == (peak, "data sheet")
+
+
 def test_memory_that_ran_out_is_known_by_its_words():
     assert out_of_memory(torch.OutOfMemoryError("CUDA")) and out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"))
     with pytest.raises(RuntimeError) as caught:

@@ -370,13 +370,13 @@ def test_ctrl_c_saves_and_the_newest_run_goes_on(room, tmp_path):
     (tmp_path / "flow").mkdir()
     (tmp_path / "flow/phase3.pt").write_bytes((room / "out/flow/phase3.pt").read_bytes())
     options = [f"--problems={room / 'train.jsonl'}", "--eval", room / "val.jsonl", "--epochs=60", "--num_eval=1", *SHORT]
-    process = subprocess.Popen([sys.executable, ROOT / "distill.py", *options], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, ROOT / "distill.py", *options, "--fresh"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step") and "loss" in line and "validation" not in line:
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()
-    assert process.wait() == 130 and "the same command goes on from there" in rest
+    assert process.wait() == 130 and "the same command without --fresh goes on from there" in rest
     assert "continuing out/flow_distilled/last.pt" in works(*options, cwd=tmp_path)
 
 
@@ -416,6 +416,9 @@ def test_impossible_commands(here):
     refused("--problems needs --eval", "--problems=train.jsonl")
     refused("--traces needs --eval", "--traces=t.jsonl")
     refused("--trace asks a --teacher", "--trace")
+    for option in ("--problems=train.jsonl", "--num_problems=3", "--samples=2", "--samples=0"):
+        refused(f"--traces holds .*: leave {option.split('=')[0]} out", "--traces=t.jsonl", "--eval", "val.jsonl", option)
+    refused("--traces holds .*: leave --samples out", "--traces=t.jsonl", "--teacher=out/flow", "--samples=0", *base)
     refused("--epochs=0.0 must be positive and below 1000", *base, "--epochs=0")
     refused("--temperature=0.0 must be", *base, "--temperature=0", "--samples=2")
     refused("--kl_weight=2.0 must be between 0 and 1", *base, "--kl_weight=2")

@@ -15,6 +15,7 @@ import coreml_verify
 import prepare
 from checkpoint import load_model, save_checkpoint
 from coreml_models import FlowOnDevice
+from distill import Examples
 from model import Flow, FlowConfig
 from scripts import InputError
 
@@ -105,7 +106,7 @@ def test_what_a_killed_run_left_is_tidied_up(run, exported, tmp_path):
 
 def without_marker(folder):
     config = json.loads((folder / "config.json").read_text())
-    del config["made_by"]
+    del config["made_by"], config["imported"]
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -183,6 +184,17 @@ def test_a_tokenizer_without_ends_is_refused(exported, tokenizer_json, tmp_path,
     with pytest.raises(InputError, match=f"its tokenizer has no {token}".replace("|", r"\|")):
         convert.main([f"--ckpt={folder}", f"--to={target}", f"--out={tmp_path / 'made'}"])
     assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_an_imported_model_may_lack_a_pad_but_no_end(exported, tokenizer_json, tmp_path):
+    """Nothing is learned where an example is padded; a text without a beginning could not be written."""
+    folder = import_folder(exported, tmp_path / "theirs", tokenizer_json.replace("<|pad|>", "<|unused|>"))
+    x, y = Examples([("a", "b"), ("a", "much more")], load_model(folder)[1], 64).tensors(np.array([0, 1]), "cpu")
+    padding = y[0] == -1
+    assert padding[-1] and x[0, -1] == 2 and (y[1] != -1)[padding].any()
+    (folder / "tokenizer.json").write_text(tokenizer_json.replace("<|endoftext|>", "<|unused|>"))
+    with pytest.raises(InputError, match=r"theirs: its tokenizer has no <\|endoftext\|>, with which texts begin and end"):
+        load_model(folder)
 
 
 def test_the_card_says_what_is_known(exported, tokenizer_json, tmp_path):

@@ -22,7 +22,7 @@ import resume
 import sample
 import teachers
 import train
-from checkpoint import load_checkpoint, load_model, save_checkpoint
+from checkpoint import DISTILLATION, load_checkpoint, load_model, save_checkpoint
 from scripts import InputError, lock_folder, locked
 from shards import load_meta
 
@@ -64,6 +64,17 @@ def test_fresh_that_bursts_before_it_has_saved_anything_gives_everything_back(ru
     monkeypatch.setattr(train, "update", lambda *_: torch.tensor(next(norms)))
     with pytest.raises(InputError, match="the gradient is inf at step 3"):
         again("--fresh", "--log_interval=1")
+    assert state(out) == before
+
+
+def test_fresh_does_not_take_a_distillation_away(run):
+    out, again = run
+    (out / "last.pt").unlink(missing_ok=True)
+    save_checkpoint(out / "last.pt", load_checkpoint(out / "phase1.pt") | {"phase": DISTILLATION})
+    before = state(out)
+    for fresh in ([], ["--fresh"]):
+        with pytest.raises(InputError, match="last.pt is a distillation of distill.py: name another --out"):
+            again(*fresh, "--phase=2")
     assert state(out) == before
 
 

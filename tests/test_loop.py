@@ -198,19 +198,30 @@ def test_first_weights_bring_their_sizes_along(run, finished, tmp_path):
     assert load_checkpoint(tmp_path / "run/phase1.pt")["config"] == load_checkpoint(finished / "phase3.pt")["config"]
 
 
-def test_first_weights_from_a_hugging_face_folder(run, finished, tmp_path):
-    """They came from elsewhere, or may have, which is not forgotten: the model has a licence of its own."""
+@pytest.mark.parametrize("without", [None, "imported", "made_by"])
+def test_first_weights_from_a_hugging_face_folder(run, finished, tmp_path, without):
+    """If they came from elsewhere, or may have, that is not forgotten: the model has a licence of its own."""
     convert.main([f"--ckpt={finished}", "--to=hf", f"--out={tmp_path / 'hf'}"])
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["imported"] is False
+    ours = without is None
+    if not ours:
+        del config["imported"]
+        config.pop(without, None)
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
     options = [option for option in TINY if option not in SIZES]
     run(f"--init={tmp_path / 'hf'}", "--phase=1", "--steps=2", "--lr=1e-12", "--weight_decay=0", sizes=options)
     first, began = load_checkpoint(tmp_path / "run/phase1.pt"), load_checkpoint(finished / "phase3.pt")
     for name, weight in began["weights"].items():
         torch.testing.assert_close(first["weights"][name], weight, rtol=1e-5, atol=1e-9)
-    assert first["imported"] and not load_checkpoint(finished / "phase3.pt")["imported"]
+    assert first["imported"] is not ours and not load_checkpoint(finished / "phase3.pt")["imported"]
     convert.main([f"--ckpt={tmp_path / 'run'}", "--to=hf", f"--out={tmp_path / 'again'}"])
     run(f"--init={tmp_path / 'hf'}", "--phase=2", "--steps=1", sizes=options)
-    assert load_checkpoint(tmp_path / "run/phase2.pt")["imported"]
-    assert "license" not in (tmp_path / "again/README.md").read_text() and "license: mit" in (tmp_path / "hf/README.md").read_text()
+    assert load_checkpoint(tmp_path / "run/phase2.pt")["imported"] is not ours
+    convert.main([f"--ckpt={tmp_path / 'again'}", "--to=hf", f"--out={tmp_path / 'thrice'}"])
+    for name in ("again", "thrice"):
+        assert ("license: mit" in (tmp_path / name / "README.md").read_text()) is ours
+    assert "license: mit" in (tmp_path / "hf/README.md").read_text()
 
 
 def test_first_weights_with_rows_that_have_no_token(run, finished, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import io
 import json
 import random
 import re
@@ -18,6 +19,17 @@ import sources
 @pytest.fixture(autouse=True)
 def own_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\r\n"])
+def test_documents_of_a_text_are_separated_whatever_ends_a_line(end):
+    """Also where a block of a file ends between the two characters of a line end."""
+    separator = f"<|endoftext|> {end}"
+    for shift in range(len(separator) + 2):
+        first = "a" * ((1 << 20) - len(end) - len(separator) + shift)
+        text = separator.join([first + end, f"b <|endoftext|> {end}c{end}", "d"]) + f"{end}<|endoftext|>"
+        read = [document.strip("\r\n") for document in sources.read_text("x.txt", io.BytesIO(text.encode()))]
+        assert read == [first, f"b <|endoftext|> {end}c", "d"]
 
 
 def test_file_types_and_folders(tmp_path):

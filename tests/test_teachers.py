@@ -265,11 +265,12 @@ def test_nothing_that_a_server_sends_is_a_bug_here(asks):
     good = b'{"choices": [{"message": {"content": "#### 7"}, "finish_reason": "%s"}], "usage": {"completion_tokens": %s}}'
     trouble = {"1?": ["reset"], "2?": [good % (b"stop", b"1e999")], "3?": [b"[" * 200_000], "4?": [good % (b"stop", b"9" * 400)],
                "5?": [good % (b"\\ud800", b"null")], "6?": [b'{"choices": [{"message": 5}]}'],
-               "7?": [(good % (b"", b"5")).replace(b'""', b"null")], "8?": [good % (b"eos_token", b"5")]}  # fmt: skip
+               "7?": [(good % (b"", b"5")).replace(b'""', b"null")], "8?": [good % (b"eos_token", b"5")],
+               "9?": [good % (b"STOP", b"5")]}  # fmt: skip
     server = Server(trouble)
     lines = asks(server, ["0?", *trouble])
-    assert [t["finish"] for t in lines] == ["stop", "HTTP 400", "stop", "stop", "stop", "finish_reason ?", *["stop"] * 3]
-    assert [t["tokens"] for t in lines] == [5, 0, 0, 5, 1 << 40, 0, 5, 5, 5]
+    assert [t["finish"] for t in lines] == ["stop", "HTTP 400", "stop", "stop", "stop", "finish_reason ?", *["stop"] * 4]
+    assert [t["tokens"] for t in lines] == [5, 0, 0, 5, 1 << 40, 0, 5, 5, 5, 5]
     server.models = 200, {"data": [{"id": 1}, {"id": None}]}
     with pytest.raises(InputError, match=r"has 2 models \(1, None\): choose one with --teacher_model"):
         ServerTeacher(server.url, None, 1)
