@@ -148,6 +148,7 @@ class Device:
         name = torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else self.torch.type
         name += f" ({torch.get_num_threads()} threads)" if self.torch.type == "cpu" else ""
         precision = "bf16 matrix products over fp32 weights" if self.dtype == torch.bfloat16 else "fp32"
+        precision += ", which is only imitated here: fp32 is faster" if self.imitates() else ""
         return f"{self.ranks} x {name}, {precision}"
 
     def leave(self):
@@ -155,6 +156,9 @@ class Device:
         if self.ranks > 1 and not self.left:
             dist.destroy_process_group()
             self.left = True
+
+    def imitates(self) -> bool:
+        return self.dtype == torch.bfloat16 and not has_bf16(self.torch)
 
     def claim(self, folder: Path):
         """Keep other runs out of a folder as long as this one goes on. Raises InputError in the first rank when one is in it."""
@@ -217,7 +221,8 @@ class Device:
                 # An L40 is not an L4, and a part of an A100 or a card for laptops has its own peak.
                 if re.search(rf"\b{name}\b(?!.*\b(MIG|Laptop|Max-Q|Ti|SUPER|D)\b)", torch.cuda.get_device_name(self.torch)):
                     return peak, "data sheet"
-        a, best = torch.randn(2048, 2048, device=self.torch).to(self.dtype), math.inf
+        size = 256 if self.imitates() else 2048  # which would take minutes
+        a, best = torch.randn(size, size, device=self.torch).to(self.dtype), math.inf
         n = 1 if self.torch.type == "cpu" else 16  # products at a time: on a GPU one is over sooner than asking for it
         for _ in range(8):
             start = time.perf_counter()
@@ -225,4 +230,4 @@ class Device:
                 product = a @ a
             product[0, 0].item()  # waits for the device
             best = min(best, time.perf_counter() - start)
-        return n * 2 * 2048**3 / best, "measured"
+        return n * 2 * size**3 / best, "measured"

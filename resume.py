@@ -47,8 +47,10 @@ def beginning(args, phase: int) -> Path | None:
     if before.exists() and (theirs := load_checkpoint(before)["settings"].get("init")) != args.init:
         began = f"--init={theirs}: give that too" if theirs else "new weights: leave --init out"
         raise InputError(f"{before} is there, of a run that began from {began}, or name another --out")
-    if phase == 3 and args.quieten and not args.init and not before.exists():
-        raise InputError(f"--quieten={args.quieten} is for a trained Pulse, and {args.out} holds no phase2.pt: train --phase=2 first")
+    for name, n in (("shorten", 2), ("quieten", 3)):
+        if phase == n and (factor := getattr(args, name)) and not args.init and not before.exists():
+            remedy = f"train --phase={n - 1} first"
+            raise InputError(f"--{name}={factor} is for a trained Pulse, and {args.out} holds no {before.name}: {remedy}")
     return before if before.exists() else init
 
 

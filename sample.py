@@ -80,6 +80,8 @@ def parse_args(argv=None):
         raise InputError(f"--seed={args.seed} must be at least 0 and below 2**63")
     if (args.energy or args.raster) and args.prompt is None:
         raise InputError("--energy and --raster look at a model that reads --prompt: give one")
+    if args.raster and not args.raster.parent.is_dir():
+        raise InputError(f"--raster={args.raster}: there is no folder {args.raster.parent}: make it first")
     if (args.prompts_file is None) != (args.output is None):
         raise InputError("--prompts_file and --output go together: one names the questions, the other where the answers go")
     if args.prompts_file and args.prompt is not None:

@@ -169,8 +169,9 @@ def energy_table(report: dict) -> str:
         [
             *text,
             "",
-            f"Flow / Pulse: {flow['nj'] / pulse['nj']:.2f} times the energy; {pulse['spikes_per_synapse']:.3f} spikes per synapse and "
-            f"token; {pulse['accumulates']:.1%} of Pulse's MACs became accumulates.",
+            f"Flow / Pulse: {flow['nj'] / pulse['nj']:.2f} times the energy, {flow['parameters'] / pulse['parameters']:.2f} times the "
+            f"parameters; {pulse['spikes_per_synapse']:.3f} spikes per synapse and token; {pulse['accumulates']:.1%} of Pulse's MACs "
+            f"became accumulates.",
             f"In phases, a spike for each 1 of a count in binary: {flow['nj'] / phased['nj']:.2f} times; "
             f"{phased['spikes_per_synapse']:.3f} spikes per synapse and token.",
             f"{ACCUMULATE} pJ per accumulate, {MULTIPLY_ACCUMULATE} pJ per MAC (fp32, 45 nm, Horowitz 2014). Left out: {LEFT_OUT}.",

@@ -150,7 +150,7 @@ def start_phase(args, phase: int, is_first: bool, config, tokenizer_json: str, s
         if same_phase:
             step, best = checkpoint["step"], checkpoint["best"]
         elif phase == 2 and args.model == "pulse":
-            model.shorten(args.shorten)
+            model.shorten(args.shorten or SHORTEN)
         elif phase == 3 and args.quieten:
             model.quieten(args.quieten)
         say(f"continuing {origin} at step {step:,}" if same_phase else f"starting from {origin}")
@@ -233,7 +233,6 @@ def parse_args(argv=None):
             raise InputError(f"--{name}={value} must be above 0 and at most 1, which changes nothing, and is for --model=pulse only")
         if value is not None and args.phase not in (None, phase):
             raise InputError(f"--{name}={value} acts at the start of phase {phase}, this command trains phase {args.phase}: leave it out")
-    args.shorten = args.shorten or SHORTEN
     args.out = args.out or Path("out") / args.model
     args.sizes = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     return args
@@ -341,7 +340,7 @@ def train(args, device: Device, say):
         settings |= {"sequences_per_step": sequences, "steps": steps, "lr": peak_lr, "weight_decay": args.weight_decay, "seed": args.seed}
         rate_penalty = RATE_PENALTY if args.rate_penalty is None else args.rate_penalty
         settings |= {"rate_penalty": rate_penalty} if args.model == "pulse" else {}
-        settings |= {"shorten": args.shorten} if args.model == "pulse" and phase == 2 else {}
+        settings |= {"shorten": args.shorten or SHORTEN} if args.model == "pulse" and phase == 2 else {}
         settings |= {"quieten": args.quieten} if args.model == "pulse" and phase == 3 else {}
         final = args.out / f"phase{phase}.pt"
         if final.exists():
@@ -392,7 +391,8 @@ def train(args, device: Device, say):
                 device.wait()
                 if not math.isfinite(grad_norm):  # so neither are the weights by now: nothing more is saved
                     why = f"the gradient is {grad_norm:.3g} at step {step}, the loss {losses[-1]:.4g}"
-                    raise InputError(f"{why}: start over with --fresh and a lower --lr than {peak_lr}")
+                    or_less = " or --rate_penalty" if (args.rate_penalty or 0) > RATE_PENALTY else ""
+                    raise InputError(f"{why}: start over with --fresh and a lower --lr than {peak_lr}{or_less}")
             seconds += time.perf_counter() - clock
             total_wall = wall + time.perf_counter() - began
             if log_now:

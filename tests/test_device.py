@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 
+import device as device_module
 from device import Device, StopNotice, choose_device
 from scripts import InputError, out_of_memory
 
@@ -90,6 +91,19 @@ def test_a_card_has_the_peak_of_its_own_data_sheet(monkeypatch, name, peak):
             device.peak_flops()
     else:
         assert device.peak_flops() == (peak, "data sheet")
+
+
+def test_a_precision_that_is_only_imitated_is_said_and_measured_briefly(monkeypatch):
+    """A product of 2,048 x 2,048 numbers takes 20 s there."""
+    sizes, make = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device: (sizes.append(size), make(64, 64))[1])
+    for real in (True, False):
+        monkeypatch.setattr(device_module, "has_bf16", lambda device, real=real: real)
+        device = Device("cpu", "bf16")
+        assert ("which is only imitated here: fp32 is faster" in str(device)) is not real
+        device.peak_flops()
+    assert sizes == [(2048, 2048), (256, 256)]
+    assert "imitated" not in str(Device("cpu", "fp32"))
 
 
 def test_memory_that_ran_out_is_known_by_its_words():

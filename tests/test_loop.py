@@ -307,6 +307,8 @@ def test_quieten_and_shorten_that_would_do_nothing_are_refused(run):
         run("--phase=3", "--shorten=0.5", sizes=PULSE)
     with pytest.raises(InputError, match="--quieten=0.5 is for a trained Pulse, and .* holds no phase2.pt: train --phase=2 first"):
         run("--phase=3", "--quieten=0.5", sizes=PULSE)
+    with pytest.raises(InputError, match="--shorten=0.5 is for a trained Pulse, and .* holds no phase1.pt: train --phase=1 first"):
+        run("--phase=2", "--shorten=0.5", sizes=PULSE)
 
 
 @pytest.mark.parametrize("hardware", [True, False])

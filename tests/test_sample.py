@@ -401,6 +401,7 @@ def test_prompts_begin_a_document_and_cannot_smuggle_special_tokens():
         (["--top_p=2"], "--top_p=2.0 must be above 0"),
         (["--prompts_file=x"], "go together"),
         (["--chat", "--num_samples=2"], "--num_samples=2: a conversation has one answer at a time"),
+        (["--prompt=a", "--raster=none/a.png"], "--raster=none/a.png: there is no folder none: make it first"),
         (["--device="], "nothing stands behind --device"),
         (["--model", ""], "nothing stands behind --model"),
         (["--system="], "--system='' is no text"),

@@ -1,11 +1,13 @@
 """spikes.py: firing rates, energy and raster against counts made with plain loops; the model is left as it was."""
 
 import dataclasses
+import re
 import sys
 
 import pytest
 import snntorch
 import torch
+from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +25,21 @@ def tiny(**changes) -> tuple[Pulse, torch.Tensor]:
     torch.manual_seed(0)
     config = PulseConfig(**{**TINY, **changes})
     return Pulse(config).eval(), torch.randint(config.vocab_size, (2, 11))
+
+
+def test_the_neuron_of_the_documentation_writes_as_it_was_trained(monkeypatch):
+    """Token by token the same logits as whole; and it is another neuron."""
+    plain, idx = tiny()
+    monkeypatch.setattr(snn_model, "Neuron", snn_model.Neuron)  # put back afterwards
+    code = re.search(r"## A neuron of your own.*?```python\n(.*?)```", (ROOT / "docs/pulse.md").read_text(), re.DOTALL)[1]
+    exec(compile(code.replace("PulseConfig()", "PulseConfig(**sizes)"), "docs/pulse.md", "exec"), given := {"sizes": TINY})
+    model = given["model"].eval()
+    model.load_state_dict(plain.state_dict())
+    plain, model = plain.double(), model.double()
+    with torch.no_grad():
+        whole, state = model(idx)[0], model.init_state(2)
+        steps = torch.cat([model(idx[:, t : t + 1], state=state)[0] for t in range(idx.size(1))], 1)
+        assert torch.equal(whole, steps) and (whole - plain(idx)[0]).abs().max() > 1e-3
 
 
 def tokenizer() -> Tokenizer:
