@@ -77,6 +77,12 @@ def find_checkpoint(ckpt: str | Path | None, model: str | None = None) -> Path:
     raise InputError(f"{where} holds no {kind}checkpoint yet: make one with `python train.py{option}`, or name one")
 
 
+def check_tokens(where, tokenizer: Tokenizer, *tokens: str):
+    """Raise InputError when a tokenizer, of a model from elsewhere, lacks one of these special tokens."""
+    if missing := [token for token in tokens if tokenizer.token_to_id(token) is None]:
+        raise InputError(f"{where}: its tokenizer has no {missing[0]}, with which texts and turns begin and end: use a model that has it")
+
+
 def load_model(path: str | Path, device="cpu", model: str | None = None):
     """(model in eval mode, Tokenizer, checkpoint) from a checkpoint file, a run folder (its latest, as find_checkpoint says) or a Hugging
     Face folder (of unknown phase: 0). Raises InputError, also when it holds another `model`.
@@ -84,8 +90,7 @@ def load_model(path: str | Path, device="cpu", model: str | None = None):
     path = find_checkpoint(path, model) if Path(path).is_dir() else Path(path)
     if path.is_dir():
         network, tokenizer = publish.read_folder(path)
-        if tokenizer.token_to_id("<|endoftext|>") is None:
-            raise InputError(f"{path}: its tokenizer has no <|endoftext|>, with which texts begin and end: use a model that has it")
+        check_tokens(path, tokenizer, "<|endoftext|>")
         config, name = dataclasses.asdict(network.config), type(network).__name__.lower()
         imported = publish.read_json(path / "config.json").get("imported", True)
         checkpoint = {"model": name, "config": config, "tokenizer": tokenizer.to_str(), "phase": 0, "step": 0, "imported": imported}

@@ -31,7 +31,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import publish
-from checkpoint import MODELS, find_checkpoint, load_model
+from checkpoint import MODELS, check_tokens, find_checkpoint, load_model
 from coreml_models import MAX_DIM, PREFILL, FlowOnDevice, PulseOnDevice, ranges
 from huggingface import read_json
 from scripts import ArgumentParser, InputError, lock_folder, run
@@ -380,8 +380,7 @@ def main(argv=None):
     args = parse_args(argv)
     path = find_checkpoint(args.ckpt, args.model)
     model, tokenizer, checkpoint = load_model(path, model=args.model)
-    if missing := [t for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>") if tokenizer.token_to_id(t) is None]:
-        raise InputError(f"{path}: its tokenizer has no {missing[0]}, with which texts and turns begin and end: use a model that has it")
+    check_tokens(path, tokenizer, "<|im_start|>", "<|im_end|>")
     args.kind = checkpoint["model"]
     print(f"{path}: {args.kind}, {model.config.num_params():,} parameters, phase {checkpoint['phase']}", file=sys.stderr)
     home = path if path.is_dir() else path.parent

@@ -119,7 +119,6 @@ class Device:
         if self.ranks > 1 and "RANK" not in os.environ:
             raise InputError(f"WORLD_SIZE is {self.ranks}, but RANK is not set: start with torchrun, or unset WORLD_SIZE")
         self.claimed: int | None = None  # the folder that this process alone may write
-        self.left = False  # the other ranks
         self.torch = choose_device(name)
         self.dtype = DTYPES[dtype or ("bf16" if has_bf16(self.torch) else "fp32")]
         if self.torch.type == "cpu":
@@ -153,9 +152,8 @@ class Device:
 
     def leave(self):
         """Leave the other ranks, all at once: from here on each is alone."""
-        if self.ranks > 1 and not self.left:
+        if dist.is_initialized():
             dist.destroy_process_group()
-            self.left = True
 
     def imitates(self) -> bool:
         return self.dtype == torch.bfloat16 and not has_bf16(self.torch)

@@ -34,7 +34,7 @@ import teachers
 from checkpoint import DISTILLATION, find_checkpoint, load_checkpoint, load_model, save_checkpoint
 from curves import draw_curves, trim_log
 from device import DTYPES, Device, StopNotice
-from exact_match import Problem, final_number, majority, problem_files, read_problems, refuse_leaks, wilson
+from exact_match import DATA, Problem, final_number, load_problems, majority, problem_files, refuse_leaks, wilson
 from loss import distillation_loss
 from muon import build_optimizers, decay_groups, update
 from resume import check_same, give_back, let_go, restoring, set_aside
@@ -42,7 +42,6 @@ from scripts import ArgumentParser, InputError, json_object, out_of_memory, run,
 from teachers import Job, LocalTeacher, check_tokenizer, checkpoint_teacher, question_ids
 from train import RATE_PENALTY, lr_at
 
-DATA = Path("data/builtin")
 TEACHER = "Qwen/Qwen3-4B-Instruct-2507"  # what --teacher without a name means
 POOL = 16  # batches whose examples are sorted by length together: little padding, and still a random order
 VAL_EXAMPLES = 256  # of the first evaluation file, for the validation loss
@@ -389,15 +388,6 @@ def parse_args(argv=None):
     if args.eval is None and not (args.evaluate or args.trace) and (args.problems or args.traces and not args.teacher):
         raise InputError(f"{'--problems' if args.problems else '--traces'} needs --eval: name files with other problems to measure on")
     return args
-
-
-def load_problems(name: str, limit: int | None, skip_bad: bool, say) -> list[Problem]:
-    if Path(name).parent == DATA and not Path(name).exists():
-        raise InputError(f"{name} does not exist: make it with `python prepare.py`, or name other problems")
-    problems, skipped = read_problems(name, skip_bad)
-    first = f", of which the first {limit:,} are taken" if limit is not None and limit < len(problems) else ""
-    say(f"{name}: {len(problems):,} problems{first}" + (f", {skipped:,} bad lines left out" if skipped else ""))
-    return problems[:limit]
 
 
 def find_student(args) -> Path:

@@ -100,6 +100,9 @@ def majority(finals: list[Fraction | None]) -> Fraction | None:
 # --------------------------------------------------------------------------------------------------------------- problems
 
 
+DATA = Path("data/builtin")  # where prepare.py puts the built-in problems
+
+
 class Problem(NamedTuple):
     question: str
     answer: str  # the worked solution
@@ -171,6 +174,16 @@ def read_problems(name: str, skip_bad: bool) -> tuple[list[Problem], int]:
     if not problems:
         raise InputError(f"{name} holds no problems: expected JSON lines with question and answer")
     return list(problems.values()), skipped
+
+
+def load_problems(name: str, limit: int | None, skip_bad: bool, say: Callable[[str], None]) -> list[Problem]:
+    """The first `limit` of read_problems, with one line that says how many there are."""
+    if Path(name).parent == DATA and not Path(name).exists():
+        raise InputError(f"{name} does not exist: make it with `python prepare.py`, or name other problems")
+    problems, skipped = read_problems(name, skip_bad)
+    first = f", of which the first {limit:,} are taken" if limit is not None and limit < len(problems) else ""
+    say(f"{name}: {len(problems):,} problems{first}" + (f", {skipped:,} bad lines left out" if skipped else ""))
+    return problems[:limit]
 
 
 def refuse_leaks(name: str, paths: list[str], questions: list[str], evals: dict[str, list[Problem]]):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import prepare
 import spikes
-from checkpoint import MODELS, find_checkpoint, for_writing, load_model
+from checkpoint import MODELS, check_tokens, find_checkpoint, for_writing, load_model
 from decode import Decoder
 from device import choose_device
 from model import MAX_PENALTY, generate
@@ -292,6 +292,8 @@ def main(argv=None):
     device = choose_device(args.device)
     path = find_checkpoint(args.ckpt, args.model)
     model, tokenizer, checkpoint = load_model(path, device, args.model)
+    if args.chat:
+        check_tokens(path, tokenizer, "<|im_start|>", "<|im_end|>")
     model = for_writing(model)
     if args.int8 and (device.type != "cpu" or checkpoint["model"] != "flow" or args.energy or args.raster):
         raise InputError("--int8 is for text from a Flow on a CPU: leave it out, or add --device=cpu")

@@ -13,6 +13,7 @@ from coremltools.proto import Model_pb2
 import convert
 import coreml_verify
 import prepare
+import sample
 from checkpoint import load_model, save_checkpoint
 from coreml_models import FlowOnDevice
 from distill import Examples
@@ -193,8 +194,12 @@ def test_an_imported_model_may_lack_a_pad_but_no_end(exported, tokenizer_json, t
     padding = y[0] == -1
     assert padding[-1] and x[0, -1] == 2 and (y[1] != -1)[padding].any()
     (folder / "tokenizer.json").write_text(tokenizer_json.replace("<|endoftext|>", "<|unused|>"))
-    with pytest.raises(InputError, match=r"theirs: its tokenizer has no <\|endoftext\|>, with which texts begin and end"):
+    with pytest.raises(InputError, match=r"theirs: its tokenizer has no <\|endoftext\|>, with which texts and turns begin"):
         load_model(folder)
+    (folder / "tokenizer.json").write_text(tokenizer_json.replace("<|im_start|>", "<|unused|>"))
+    load_model(folder)  # goes on with a text as any other
+    with pytest.raises(InputError, match=r"theirs: its tokenizer has no <\|im_start\|>, with which texts and turns begin"):
+        sample.main([f"--ckpt={folder}", "--chat", "--prompt=a"])
 
 
 def test_the_card_says_what_is_known(exported, tokenizer_json, tmp_path):

@@ -252,7 +252,9 @@ def test_the_table_is_aligned_and_says_what_is_missing():
     assert len({len(line) for line in lines}) == 1 and not any(line.endswith(" ") for line in lines) and max(map(len, lines)) <= 100
     for name in (*spikes.firing_rates(model, idx), "memories", "membranes", "Pulse", "Flow"):
         assert sum(line.startswith((f"{name} ", f"{name},")) for line in lines) == 1, name
-    assert "times the energy" in comparison and "spikes per synapse and token" in comparison and "became accumulates" in comparison
+    flow, pulse = spikes.nearest_flow(model.config).num_params(), model.config.num_params()
+    assert f" times the energy, {flow / pulse:.2f} times the parameters; " in comparison
+    assert "spikes per synapse and token" in comparison and "became accumulates" in comparison
     assert phases.startswith("In phases") and "spikes per synapse and token" in phases
     for left_out in ("data movement", "norms", "residual additions", "embedding lookup", "softmax"):
         assert left_out in last
